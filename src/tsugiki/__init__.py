@@ -1,0 +1,18 @@
+"""Tsugiki fine-tunes large language models: every method, exact, many adapters on one frozen base.
+
+    model, tokenizer = tg.load("path-or-hub-id")
+    adapters = tg.attach(model)
+    adapters.add("math", tg.LoRA(rank=16))
+    tg.train(model, tokenizer, data="math.jsonl", adapter="math", out="runs/math")
+"""
+from tsugiki.adapters import Adapters, attach
+from tsugiki.api import evaluate, generate, train, train_run
+from tsugiki.config import DataConfig, EvalConfig, RunConfig, TrainConfig
+from tsugiki.errors import RunError, UserError
+from tsugiki.load import load
+from tsugiki.methods import BitFit, Full, LoRA
+from tsugiki.sites import Family, Site, sites
+
+__version__ = "0.1.0"
+__all__ = ["Adapters", "BitFit", "DataConfig", "EvalConfig", "Family", "Full", "LoRA", "RunConfig", "RunError", "Site", "TrainConfig",
+           "UserError", "attach", "evaluate", "generate", "load", "sites", "train", "train_run"]

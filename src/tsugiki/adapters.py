@@ -1,0 +1,215 @@
+"""All adapters on one base model: add, remove, use, merge, save, load."""
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .edit import Config, Edit, Start, changes_input
+from .errors import UserError, nearest
+from .merge import Merged, MergeReport
+from .route import using
+from .sites import Family, Site, family_of, select, sites
+from .tap import Unsaved, install
+from .virtual import enter, enter_part, leave
+from .weights import device_of
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A named set of edits on a frozen base."""
+    name: str
+    cfg: Config
+    edits: dict[str, tuple[Site, Edit]]               # by site name, in site order
+    shared: nn.ModuleDict
+    home: Adapters
+
+    @property
+    def virtual(self) -> int:
+        """Virtual tokens it adds to a row."""
+        return self.cfg.tokens if self.cfg.edit.virtual else 0
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Its trained tensors, keyed by site name + "." + parameter name, in site order; then what its edits share."""
+        found = {f"{site}.{key}": p for site, (_, edit) in self.edits.items() for key, p in edit.named_parameters()}
+        return found | {f"shared.{key}": p for key, p in self.shared.named_parameters() if p.requires_grad}
+
+
+class Shared(Unsaved):
+    """What the edits of one adapter share, one ModuleDict an adapter; a child of the model."""
+
+
+class _Generate:
+    """`model.generate(..., adapter_ids=...)`: transformers checks keyword arguments before any hook could take it."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, *args: Any, adapter_ids: Any = None, **kwargs: Any) -> Any:
+        generate = type(self.model).generate
+        if adapter_ids is None:
+            return generate(self.model, *args, **kwargs)
+        with self.model.adapters.use(adapter_ids):
+            return generate(self.model, *args, **kwargs)
+
+
+class Adapters:
+    """Every adapter attached to one base model. Made by `attach`."""
+
+    def __init__(self, model: nn.Module, family: Family | None = None):
+        self.family = family or family_of(model)
+        self.sites = tuple(sites(model, self.family))             # raises before anything is changed
+        self.model = model
+        self.arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self.checkpointed = tuple(m for m in model.modules() if hasattr(m, "gradient_checkpointing"))
+        self.virtual: dict[str, tuple[int, str]] = {}             # adapter -> (virtual tokens, their kind of position)
+        self._adapters: dict[str, Adapter] = {}
+        self._active: tuple[str, ...] = ()
+        self._merged = Merged(self)
+        model.requires_grad_(False)
+        self._taps = {site.name: install(site, self) for site in self.sites}
+        self.embed_tap = next(self._taps[site.name] for site in self.sites if site.role == "embed")
+        model.add_module("adapter_shared", Shared())
+        model.adapters = self
+        model.register_forward_pre_hook(enter, with_kwargs=True)
+        model.register_forward_hook(leave, with_kwargs=True, always_call=True)
+        part = getattr(model, "base_model", model)
+        if part is not model:
+            part.adapters_of = [model]                            # in a list: known, not owned
+            part.register_forward_pre_hook(enter_part, with_kwargs=True)
+            part.register_forward_hook(leave, with_kwargs=True, always_call=True)
+        if hasattr(type(model), "generate"):
+            model.generate = _Generate(model)
+
+    def names(self) -> tuple[str, ...]:
+        """In the order they were added."""
+        return tuple(self._adapters)
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        return tuple(self._merged.order)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The adapters of a row when a call names none: the first one added, unless set."""
+        return self._active
+
+    @active.setter
+    def active(self, names: str | Sequence[str] | None) -> None:
+        names = (names,) if isinstance(names, str) else tuple(names or ())
+        for name in names:
+            self.get(name)
+        self._active = names
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self.default = tuple(name for name in self._active if name not in self.merged)
+
+    default: tuple[str, ...] = ()                                 # `active` without what is merged; read by every tap
+
+    def get(self, name: str) -> Adapter:
+        if name not in self._adapters:
+            raise UserError(f"no adapter {name!r} is attached{nearest(name, self._adapters)} "
+                            f"(attached: {', '.join(self._adapters) or 'none'})")
+        return self._adapters[name]
+
+    def parameters(self, *names: str) -> list[nn.Parameter]:
+        """The trained tensors of these adapters, or of all."""
+        return [p for name in names or self._adapters for p in self.get(name).parameters().values()]
+
+    def add(self, name: str, config: Config, *, seed: int = 0) -> Adapter:
+        """Attach a new adapter; the first one becomes the default. Raises UserError for a bad name, config or target."""
+        self._check_name(name)
+        if not isinstance(config, Config) or config.edit is None:
+            raise UserError(f"adapter {name!r}: {getattr(config, 'name', config)!r} is not a method that adds an adapter")
+        chosen = select(self.sites, config.targets, config.edit.roles, config.name)
+        self.model.adapter_shared.add_module(key := f"of_{len(self.model.adapter_shared._modules)}_{name}".replace(".", "_"),
+                                             shared := nn.ModuleDict())
+        try:
+            edits = {site.name: (site, self._make(config, site, seed, shared)) for site in chosen}
+        except Exception:
+            delattr(self.model.adapter_shared, key)
+            raise
+        for site, edit in edits.values():
+            self._taps[site.name].add(name, edit)
+        if config.edit.virtual:
+            self.virtual[name] = (config.tokens, config.edit.virtual)
+        self._adapters[name] = adapter = Adapter(name, config, edits, shared, self)
+        if len(self._adapters) == 1:
+            self.active = name
+        return adapter
+
+    def _make(self, config: Config, site: Site, seed: int, shared: nn.ModuleDict) -> Edit:
+        dtype = torch.float64 if next(self.model.parameters()).dtype == torch.float64 else torch.float32
+        edit = config.edit(config, site, Start(seed, device_of(site.exit), dtype, shared)).train(self.model.training)
+        if changes_input(edit) and (site.features is not None or site.span):
+            raise UserError(f"{config.name} changes its site's input, which {site.name} shares with others; target "
+                            "whole linears (\"linear\")")
+        return edit
+
+    def _check_name(self, name: str) -> None:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
+            raise UserError(f"adapter name {name!r}: up to 100 letters, digits, '_', '-' and '.', not starting with '-' or '.'")
+        if name in self._adapters:
+            raise UserError(f"adapter {name!r} exists; remove it first")
+
+    def remove(self, name: str) -> None:
+        """Take an adapter off. Raises UserError while it is merged."""
+        adapter = self.get(name)
+        if name in self.merged:
+            raise UserError(f"adapter {name!r} is merged; unmerge({name!r}) first")
+        for site, _ in adapter.edits.values():
+            self._taps[site.name].remove(name)
+        for key, shared in list(self.model.adapter_shared._modules.items()):
+            if shared is adapter.shared:
+                delattr(self.model.adapter_shared, key)
+        self.virtual.pop(name, None)
+        del self._adapters[name]
+        self.active = tuple(n for n in self._active if n != name)
+
+    def use(self, ids: str | tuple[str, ...] | Sequence[str | tuple[str, ...] | None] | None) -> AbstractContextManager:
+        """Which adapters each row uses inside the block, in this thread: a name or a stack for all, a list, or None."""
+        return using(self, ids)
+
+    def merge(self, name: str) -> MergeReport:
+        """Fold an adapter into the base's weights: summed in float64 from the originals, rounded once."""
+        report = self._merged.merge(self.get(name))
+        self._refresh()
+        return report
+
+    def unmerge(self, name: str) -> None:
+        """Take it out again; with none left the base has its exact original bits."""
+        self._merged.unmerge(self.get(name))
+        self._refresh()
+
+    def originals(self) -> list[tuple[nn.Module, torch.Tensor]]:
+        """Every module that merges changed, with its weight from before, in the module's own layout."""
+        return self._merged.originals()
+
+    def fingerprint(self) -> str:
+        """Names the base's weights, whatever precision they are loaded in and whatever is merged."""
+        return self._merged.fingerprint()
+
+    def save(self, name: str, path: str | Path, **options: Any) -> Path:
+        from .formats import save                                 # formats know adapters, not the other way round
+        return save(self.get(name), path, **options)
+
+    def load(self, name: str, path: str | Path, **options: Any) -> Adapter:
+        from .formats import load
+        return load(self, name, path, **options)
+
+
+def attach(model: nn.Module, family: Family | None = None) -> Adapters:
+    """Prepare a transformers model for adapters: same object, class and state_dict keys; its weights are frozen.
+
+    Attaching twice gives the same Adapters. Raises UserError for a model whose family is not known.
+    """
+    there = model.__dict__.get("adapters")
+    return there if isinstance(there, Adapters) else Adapters(model, family)

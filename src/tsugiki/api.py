@@ -1,0 +1,77 @@
+"""The library's verbs: train, evaluate, generate. Each is what the command of the same name does."""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tsugiki.adapters import attach
+from tsugiki.config import DataConfig, EvalConfig, RunConfig, TrainConfig, build
+from tsugiki.data import Conversation, Message, Renderer, load_conversations
+from tsugiki.errors import UserError
+from tsugiki.evaluate.answers import generate_answers
+from tsugiki.evaluate.score import Score
+from tsugiki.evaluate.score import evaluate as score
+from tsugiki.load import compute_dtype, device_of, load, max_positions, pad_id
+from tsugiki.methods import Full, make
+from tsugiki.train.log import console
+from tsugiki.train.run import Result, read_rows, run
+
+
+def train(model: nn.Module, tokenizer, data: str | Path | Sequence[str | Path], out: str | Path, *, adapter: str = "default",
+          method=None, held_out: str | Path | None = None, quiet: bool = False, **settings) -> Result:
+    """Train an adapter of `model` (added before under the name `adapter`, else made from `method`, default LoRA) on data files.
+
+    settings: keys of TrainConfig, as lr=1e-3, epochs=2, batch_size=32. A run found in `out` goes on.
+    Raises UserError for bad data or settings before anything is trained, RunError for a run that cannot go on.
+    """
+    attached = attach(model) if not isinstance(method, Full) else None
+    if attached is not None and adapter in attached.names():
+        method = attached.get(adapter).cfg
+    chosen = method if method is not None else make("lora")
+    fields = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
+    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+    files = [data] if isinstance(data, (str, Path)) else list(data)
+    cfg = RunConfig(base=str(getattr(model.config, "_name_or_path", "") or ""), out=str(out), adapter=adapter,
+                    method={"name": type(chosen).name} | fields,
+                    data=DataConfig(files=[str(f) for f in files], eval=[str(held_out)] if held_out else []),
+                    train=build(TrainConfig, settings, "train."))
+    say = (lambda line: None) if quiet else (lambda line: console().print(line, markup=False))
+    return run(model, tokenizer, cfg, read_rows(cfg, say), quiet=quiet, say=say)
+
+
+def train_run(cfg: RunConfig, *, quiet: bool = False) -> Result:
+    """A run from a config alone: data is read and checked first, then the base is loaded, then it trains."""
+    say = (lambda line: None) if quiet else (lambda line: console().print(line, markup=False))
+    if not cfg.out:
+        raise UserError("out: missing; give --out DIR, the folder of this run")
+    method = make(**cfg.method)
+    rows = read_rows(cfg, say)
+    dtype = compute_dtype(cfg.train.dtype, device_of(cfg.device))
+    dtype = torch.float32 if isinstance(method, Full) else dtype         # trained weights are float32, computed under autocast
+    model, tokenizer = load(cfg.base, dtype=dtype, device=cfg.device, trust_remote_code=cfg.trust_remote_code)
+    return run(model, tokenizer, cfg, rows, quiet=quiet, say=say)
+
+
+def evaluate(model: nn.Module, tokenizer, data: str | Path | Sequence[Conversation], *, adapter: str | None = None,
+             max_length: int = 1024, stop: str | None = None, progress: Callable[[int, int], None] | None = None, **settings) -> Score:
+    """Score rows with the base (adapter=None) or one adapter. settings: keys of EvalConfig."""
+    conversations = load_conversations([data]) if isinstance(data, (str, Path)) else list(data)
+    limit = min(max_length, max_positions(model) or max_length)
+    with attach(model).use(adapter):
+        return score(model, Renderer(tokenizer, stop=stop), conversations, build(EvalConfig, settings, "eval."), pad_id(tokenizer),
+                     limit, progress)
+
+
+def generate(model: nn.Module, tokenizer, prompt: str | Sequence[Message], *, adapter: str | None = None,
+             max_new_tokens: int = 128, stop: str | None = None) -> str:
+    """The greedy answer to a prompt (plain text) or to messages (rendered with the chat template)."""
+    if isinstance(prompt, str):
+        conversation = Conversation("plain", (Message("user", prompt), Message("assistant", "")), "prompt")
+    else:
+        conversation = Conversation("chat", (*prompt, Message("assistant", "")), "prompt")
+    with attach(model).use(adapter):
+        return generate_answers(model, Renderer(tokenizer, stop=stop), [conversation], max_new_tokens, 1, pad_id(tokenizer))[0]

@@ -1,0 +1,93 @@
+"""`tsugiki train`: one run. Flags, a YAML file and --set are the same keys; the run's folder resumes by itself."""
+from __future__ import annotations
+
+import argparse
+
+from tsugiki.errors import UserError
+
+HELP = """Fine-tune a model on rows of data.
+
+  tsugiki train --data rows.jsonl --out runs/first
+  tsugiki train --base ./my-model --data rows.csv --prompt "Review: {text}\\nSentiment:" --completion " {label}" --out runs/reviews
+  tsugiki train --base ./my-model --data notes.txt --format text --method full --set method.last=2 --out runs/notes
+
+The folder gets adapter/ (or model/ for full fine-tuning), metrics.jsonl, run.yaml, checkpoints/ and report.html.
+Stopped by Ctrl-C, a kill or a power cut? The same command goes on from the last checkpoint, to the same bits.
+"""
+# flag -> key of the configuration
+KEYS = {"base": "base", "out": "out", "adapter_name": "adapter", "device": "device", "method": "method.name", "data": "data.files",
+        "eval_data": "data.eval", "format": "data.format", "prompt": "data.prompt", "completion": "data.completion",
+        "holdout": "data.holdout", "max_rows": "data.max_rows", "epochs": "train.epochs", "steps": "train.steps", "lr": "train.lr",
+        "batch_size": "train.batch_size", "max_length": "train.max_length", "seed": "train.seed", "dtype": "train.dtype",
+        "eval_steps": "train.eval_steps", "save_steps": "train.save_steps", "metric": "eval.metric"}
+
+
+def add(commands) -> None:
+    from tsugiki.cli.main import EPILOG, common
+    p = commands.add_parser("train", help="fine-tune a model on rows of data", description=HELP, epilog=EPILOG,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", nargs="+", metavar="FILE", help="training rows: .jsonl .json .csv .tsv .parquet .txt, also .gz")
+    p.add_argument("--eval-data", nargs="+", metavar="FILE", help="held-out rows")
+    p.add_argument("--holdout", help="share of the rows to hold out instead, as 0.05")
+    p.add_argument("--method", help="lora (the default), bitfit, full, ...; its fields by --set method.rank=16")
+    p.add_argument("--out", metavar="DIR", help="folder of the run")
+    p.add_argument("--format", help="alpaca, messages, sharegpt, prompt-completion or text (default: told from the fields)")
+    p.add_argument("--prompt", help="for a table: the prompt as a template over its columns, as 'Review: {sentence}'")
+    p.add_argument("--completion", help="for a table: the answer as a template, as ' {label}'")
+    p.add_argument("--labels", metavar="V=WORD,...", help="words for a column's values, as 0=negative,1=positive")
+    for flag, text in (("max-rows", "use so many rows"), ("epochs", "passes over the rows (1)"), ("steps", "optimizer steps, instead of epochs"),
+                       ("lr", "peak learning rate (default: the method's)"), ("batch-size", "rows of one step (16)"),
+                       ("max-length", "longest row in tokens (512)"), ("seed", "everything random is drawn from it (0)"),
+                       ("eval-steps", "evaluate every so many steps"), ("save-steps", "a checkpoint every so many steps"),
+                       ("metric", "auto, exact, choice, bleu or loss"), ("adapter-name", "name of the adapter (default)")):
+        p.add_argument(f"--{flag}", help=text)
+    p.add_argument("--config", metavar="FILE", help="a YAML file of the same keys; flags win over it")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, as train.warmup=0.1; may be given again")
+    common(p)
+    p.set_defaults(run=run, parser=p)
+
+
+def labels_of(text: str | None) -> dict:
+    """`0=negative,1=positive` as a mapping."""
+    if not text:
+        return {}
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(sign and value for _, sign, value in pairs):
+        raise UserError(f"--labels {text}: expected VALUE=WORD,VALUE=WORD, as 0=negative,1=positive")
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def config_of(args: argparse.Namespace):
+    """The run's configuration from --config, flags and --set, later ones winning."""
+    from tsugiki.config import RunConfig, assignments, build, merge, put, read_yaml
+    flags: dict = {}
+    for flag, key in KEYS.items():
+        if getattr(args, flag, None) is not None:
+            put(flags, key, getattr(args, flag))
+    for key in ("prompt", "completion"):
+        if isinstance(flags.get("data", {}).get(key), str):
+            flags["data"][key] = flags["data"][key].replace("\\n", "\n")
+    if args.labels:
+        put(flags, "data.labels", labels_of(args.labels))
+    if args.trust_remote_code:
+        put(flags, "trust_remote_code", True)
+    values = merge(read_yaml(args.config) if args.config else {}, flags, assignments(args.set))
+    if isinstance(values.get("method"), str):
+        values["method"] = {"name": values["method"]}
+    if isinstance(values.get("method"), dict):
+        values["method"].setdefault("name", "lora")
+    return build(RunConfig, values)
+
+
+def run(args: argparse.Namespace) -> int:
+    from tsugiki.api import train_run
+    from tsugiki.cli.main import emit
+    from tsugiki.cli.tables import before_after
+    cfg = config_of(args)
+    result = train_run(cfg, quiet=args.quiet)
+    values = result.plain()
+    lines = [before_after(values["before"], values["after"])] if values["after"] else []
+    if result.progress.stopped:
+        lines.append(f"stopped early: {result.progress.stopped}")
+    emit(args, values, "\n".join([*lines, f"saved   {result.saved}", f"report  {result.out / 'report.html'}"]))
+    return 0

@@ -1,0 +1,164 @@
+"""Which rows use which adapter: one immutable Context a forward, kept per thread, and random draws that belong to tokens."""
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import UserError
+
+Rows = slice | Tensor | None                          # None: every row
+Level = tuple[tuple[str, Rows], ...]                  # adapters on disjoint rows
+Stack = tuple[str, ...]                               # the adapters of one row, applied in this order
+
+
+@dataclass(frozen=True)
+class Context:
+    """What one forward tells the edits. Immutable; a new one per forward, in the calling thread only."""
+    route: tuple[Level, ...] = ()                     # level i holds the i-th adapter of each row's stack
+    size: int = 0                                     # rows in the batch; 0: no forward of the model is in progress
+    length: int = 0                                   # positions a row, virtual ones included
+    virtual: int = 0                                  # virtual positions at the left of this forward's sequence
+    mask: Tensor | None = None                        # (B, S) attention mask, virtual positions included
+    keys: Tensor | None = None                        # (B, T) int64: one key a token, for draws that follow the token
+    scratch: dict = field(default_factory=dict, compare=False, repr=False)   # a span's input, from its entry to its exit
+    home: Any = None                                  # the Adapters this forward belongs to
+    of: nn.Module | None = None                       # the module whose forward this is
+    outer: Context | None = None                      # the forward around this one, restored when this one ends
+
+    def only(self, rows: Rows) -> Context:
+        """The same context for some of the rows."""
+        if self.mask is None and self.keys is None:
+            return self
+        return replace(self, mask=None if self.mask is None else self.mask[rows],
+                       keys=None if self.keys is None else self.keys[rows])
+
+
+class _Cell(threading.local):
+    """The one mutable place: the forward in progress and the `use` blocks around it, per thread."""
+    ctx: Context | None = None
+    uses: tuple[tuple[Any, Any], ...] = ()            # (Adapters, ids), innermost last
+
+
+cell = _Cell()
+
+
+@contextmanager
+def using(home: Any, ids: Any) -> Iterator[Any]:
+    before = cell.uses
+    cell.uses = (*before, (home, ids))
+    try:
+        yield home
+    finally:
+        cell.uses = before
+
+
+UNSET = object()
+
+
+def wanted(home: Any) -> Any:
+    """What the innermost `use` of this thread says for these Adapters; UNSET outside of any."""
+    for owner, ids in reversed(cell.uses):
+        if owner is home:
+            return ids if ids is not None else ()
+    return UNSET
+
+
+def stacks(ids: Any, size: int) -> list[Stack]:
+    """One stack a row from what a user may pass: a name or a tuple of names (every row), or a list with one entry a row.
+
+    A list shorter than the batch is repeated in place when it divides it, as beams and num_return_sequences repeat rows.
+    """
+    if ids is None or isinstance(ids, (str, tuple)):
+        ids = [ids] * size
+    if not isinstance(ids, Sequence) or not ids or size % len(ids):
+        count = len(ids) if isinstance(ids, Sequence) else type(ids).__name__
+        raise UserError(f"adapter_ids: {count} entries for a batch of {size} rows; pass a name, or a list of one a row")
+    rows = [(i,) if isinstance(i, str) else tuple(i or ()) for i in ids for _ in range(size // len(ids))]
+    for row in rows:
+        if len(set(row)) != len(row):
+            raise UserError(f"adapter_ids: {row} names an adapter twice")
+    return rows
+
+
+def levels(rows: Sequence[Stack], device: torch.device | str = "cpu") -> tuple[Level, ...]:
+    """The route: per stack position, each adapter with its rows, as slices where they are contiguous."""
+    found = []
+    for depth in range(max(map(len, rows), default=0)):
+        where: dict[str, list[int]] = {}
+        for i, row in enumerate(rows):
+            if depth < len(row):
+                where.setdefault(row[depth], []).append(i)
+        found.append(tuple((name, _shape(at, len(rows), device)) for name, at in where.items()))
+    return tuple(found)
+
+
+def _shape(rows: list[int], size: int, device: torch.device | str) -> Rows:
+    if rows[-1] - rows[0] + 1 == len(rows):
+        return None if len(rows) == size else slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows, device=device)
+
+
+def pinned(checkpoint: Callable) -> Callable:
+    """Wrap a checkpoint function: a layer replayed in backward sees the context of its own forward, in any thread."""
+    def run(function: Callable, *args: Any, **kwargs: Any) -> Any:
+        ctx = cell.ctx
+
+        def body(*a: Any, **k: Any) -> Any:
+            now, cell.ctx = cell.ctx, ctx
+            try:
+                return function(*a, **k)
+            finally:
+                cell.ctx = now
+        return checkpoint(body, *args, **kwargs)
+    run.pinned = True
+    return run
+
+
+# Random draws. A draw depends on (seed, step, sample, position, site, feature) and on nothing else: not on the batch it
+# is in, not on the global generator. splitmix64 in wrapping int64 arithmetic makes one key a token; a 32-bit finaliser
+# over (token, feature) makes the mask, since it touches every element.
+
+def _signed(value: int, bits: int = 64) -> int:
+    value &= (1 << bits) - 1
+    return value - (1 << bits) if value >> (bits - 1) else value
+
+
+def _mix(z: Tensor) -> Tensor:
+    """splitmix64's finaliser; shifts are made logical by masking off the copied sign bits."""
+    z = z + _signed(0x9E3779B97F4A7C15)
+    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
+    return z ^ ((z >> 31) & ((1 << 33) - 1))
+
+
+def token_keys(seed: int, step: int, samples: Tensor, positions: Tensor) -> Tensor:
+    """(B, T) int64 keys from (B, T) sample numbers and positions within the sample; equal inputs, equal keys."""
+    key = _mix(torch.tensor(_signed(seed), dtype=torch.int64, device=samples.device))
+    for part in (torch.tensor(_signed(step), dtype=torch.int64, device=samples.device), samples, positions):
+        key = _mix(key ^ _mix(part.to(torch.int64)))
+    return key
+
+
+def dropout(x: Tensor, p: float, ctx: Context, salt: Tensor, training: bool) -> Tensor:
+    """Dropout of x (B, T, D); `salt`, an int64 scalar, is the site's. With token keys the mask follows the token; without,
+    it is torch's own, if training."""
+    if p == 0.0:
+        return x
+    if ctx.keys is None:
+        return F.dropout(x, p, training)
+    if ctx.keys.shape[1] < x.shape[1]:
+        raise UserError(f"token_keys has {ctx.keys.shape[1]} positions, the sequence {x.shape[1]}")
+    tokens = (_mix(ctx.keys[:, -x.shape[1]:] ^ _mix(salt)) >> 32).to(torch.int32)
+    features = (_mix(torch.arange(x.shape[-1], device=x.device)) >> 32).to(torch.int32)
+    z = tokens[..., None] ^ features                                          # (B, T, D)
+    z = (z ^ ((z >> 16) & 0xFFFF)) * _signed(0x7FEB352D, 32)
+    z = (z ^ ((z >> 15) & 0x1FFFF)) * _signed(0x846CA68B, 32)
+    keep = ((z >> 8) & 0xFFFFFF) >= round(p * (1 << 24))
+    return x * keep.to(x.dtype) * (1.0 / (1.0 - p))

@@ -1,0 +1,160 @@
+"""All edits at one site: the base runs once for the whole batch, then each adapter edits its own rows."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .edit import Edit
+from .errors import UserError
+from .route import UNSET, Context, Level, Rows, cell, levels, wanted
+from .sites import Site
+from .weights import device_of
+
+
+class Unsaved(nn.Module):
+    """A module whose tensors move and train with the model but are no part of its state_dict: the base's keys stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_pre_hook(_note_prefix)
+        self.register_load_state_dict_post_hook(_forget_missing)
+
+    def state_dict(self, *args: Any, destination: dict | None = None, prefix: str = "", keep_vars: bool = False) -> dict:
+        return {} if destination is None else destination
+
+
+def _note_prefix(module, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+    module.prefix = prefix
+
+
+def _forget_missing(module, incompatible) -> None:
+    missing = incompatible.missing_keys
+    missing[:] = [key for key in missing if not key.startswith(module.prefix)]
+
+
+class Tap(Unsaved):
+    """Lives as a child of the site's exit module, so `.to()`, FSDP and `parameters()` see its edits."""
+
+    def __init__(self, site: Site, home: Any):
+        super().__init__()
+        self.name, self.role, self.span, self.home = site.name, site.role, site.span, home
+        self.pres: dict[str, Edit] = {}               # adapter name -> edit, where the edit has that port
+        self.posts: dict[str, Edit] = {}
+        columns = None if site.features is None else site.features.to(device_of(site.exit))
+        self.register_buffer("features", columns, persistent=False)
+
+    def add(self, adapter: str, edit: Edit) -> None:
+        self.add_module(_child(adapter), edit)
+        if type(edit).pre is not Edit.pre:
+            self.pres[adapter] = edit
+        if type(edit).post is not Edit.post:
+            self.posts[adapter] = edit
+
+    def remove(self, adapter: str) -> None:
+        delattr(self, _child(adapter))
+        self.pres.pop(adapter, None)
+        self.posts.pop(adapter, None)
+
+    def context(self) -> Context:
+        """The forward in progress; outside of one (a layer called by hand) the default adapters, on every row."""
+        ctx = cell.ctx
+        if ctx is not None and ctx.home is self.home:
+            return ctx
+        ids = wanted(self.home)
+        ids = self.home.default if ids is UNSET else (ids,) if isinstance(ids, str) else ids
+        flat = [n for row in ids for n in (row if isinstance(row, tuple) else (row,))]
+        names = [name for name in flat if name in self.posts or name in self.pres]
+        if not names:
+            return Context()
+        virtual = self.role != "embed" and any(self.posts[name].virtual for name in names if name in self.posts)
+        if self.span or virtual or not isinstance(ids, tuple):
+            raise UserError(f"adapter {names[0]!r} at {self.name} needs the whole model's forward, not a part of it")
+        return Context(levels([tuple(names)]))
+
+    def pre(self, x: Tensor, ctx: Context) -> Tensor:
+        return _run(self.pres, None, x, ctx)
+
+    def post(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
+        if self.features is None:
+            return _run(self.posts, x, y, ctx)
+        return y.index_copy(-1, self.features, _run(self.posts, x, y[..., self.features], ctx))
+
+
+def _child(adapter: str) -> str:
+    return "of_" + adapter.replace(".", "\u00b7")     # a submodule's name holds no dot; an adapter's may
+
+
+def _run(edits: dict[str, Edit], x: Tensor | None, t: Tensor, ctx: Context) -> Tensor:
+    """Every edit the route asks for, level by level; x is None for an edit of the input itself."""
+    if t.dim() == 2 and ctx.size and t.is_floating_point():               # (B*T, D): some models flatten around the MLP
+        if t.shape[0] % ctx.size:
+            raise UserError(f"a site saw {t.shape[0]} positions for {ctx.size} rows: its rows cannot be told apart")
+        whole = t.reshape(ctx.size, -1, t.shape[-1])
+        return _run(edits, None if x is None else x.reshape(ctx.size, -1, x.shape[-1]), whole, ctx).reshape(t.shape)
+    for level in ctx.route:
+        t = _run_level(edits, x, t, ctx, level)
+    return t
+
+
+def _run_level(edits: dict[str, Edit], x: Tensor | None, t: Tensor, ctx: Context, level: Level) -> Tensor:
+    def new(edit: Edit, rows: Rows) -> Tensor:
+        if rows is None:
+            out = edit.pre(t, ctx) if x is None else edit.post(x, t, ctx)
+        else:
+            part = ctx.only(rows)
+            out = edit.pre(t[rows], part) if x is None else edit.post(x[rows], t[rows], part)
+        return out if out.dtype == t.dtype else out.to(t.dtype)
+
+    here = [(edits[name], rows) for name, rows in level if name in edits]
+    if not here:
+        return t
+    if here[0][1] is None:
+        return new(here[0][0], None)
+    if all(isinstance(rows, slice) for _, rows in here):                  # disjoint slices: one copy for all adapters
+        pieces, done = [], 0
+        for edit, rows in sorted(here, key=lambda pair: pair[1].start):
+            pieces += [t[done:rows.start], new(edit, rows)]
+            done = rows.stop
+        return torch.cat([*pieces, t[done:]])
+    for edit, rows in here:
+        t = torch.cat([t[:rows.start], new(edit, rows), t[rows.stop:]]) if isinstance(rows, slice) \
+            else t.index_copy(0, rows.to(t.device), new(edit, rows))
+    return t
+
+
+# Hooks are module-level functions that read everything from `module`: a copied model's hooks see the copy.
+
+def entry_hook(module: nn.Module, args: tuple) -> tuple | None:
+    x = args[0]
+    for tap in module.taps_in:
+        if tap.pres or (tap.span and tap.posts):
+            ctx = tap.context()
+            x = tap.pre(x, ctx) if tap.pres else x
+            if tap.span:
+                ctx.scratch[tap.role] = x       # by role: layers run one after another, and share code
+    return None if x is args[0] else (x, *args[1:])
+
+
+def exit_hook(module: nn.Module, args: tuple, y: Tensor) -> Tensor:
+    for tap in module.taps_out:
+        if tap.posts:
+            ctx = tap.context()
+            y = tap.post(ctx.scratch.pop(tap.role, y) if tap.span else args[0], y, ctx)
+    return y
+
+
+def install(site: Site, home: Any) -> Tap:
+    """Put a tap on a site. All hooks go in at attach and none later: a compiled model does not guard its hooks."""
+    if "taps_out" not in site.exit.__dict__:
+        site.exit.add_module("taps", nn.ModuleDict())
+        site.exit.taps_out = []
+        site.exit.register_forward_hook(exit_hook)
+    if "taps_in" not in site.entry.__dict__:
+        site.entry.taps_in = []
+        site.entry.register_forward_pre_hook(entry_hook)
+    tap = site.exit.taps[site.role] = Tap(site, home)
+    site.exit.taps_out.append(tap)                    # a linear's own edits before its span's ...
+    site.entry.taps_in.insert(0, tap)                 # ... and a span's before its first linear's
+    return tap

@@ -1,0 +1,136 @@
+"""Checkpoints: each a new directory, complete or invisible; resume takes the newest that verifies."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+NAME = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint on disk: `state` is what `save` was given."""
+    path: Path
+    step: int
+    state: dict
+
+
+def save(root: Path, step: int, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict,
+         keep: int = 2, best: dict[str, torch.Tensor] | None = None) -> Path:
+    """Write `root/step-00000123/` under a temporary name, fsync, manifest last, rename; then prune to `keep`.
+
+    Raises OSError (disk full, read-only) with every earlier checkpoint untouched.
+    """
+    final, temporary = root / f"step-{step:08d}", root / f".tmp-{step:08d}-{os.getpid()}"
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        save_file({n: p.detach().contiguous() for n, p in params.items()}, temporary / "params.safetensors")
+        save_file(_optimizer_tensors(params, optimizer), temporary / "optimizer.safetensors")
+        if best:
+            save_file(best, temporary / "best.safetensors")
+        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
+        for name in files:
+            _fsync(temporary / name)
+        (temporary / "MANIFEST.json").write_text(json.dumps({"step": step, "files": files}, indent=1))
+        _fsync(temporary / "MANIFEST.json")
+        _fsync(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _fsync(root)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    prune(root, keep)
+    return final
+
+
+def prune(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, counting only those that verify."""
+    good = 0
+    for path in _newest_first(root):
+        if good >= keep:
+            doomed = path.with_name(f".tmp-old-{path.name}")
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+        elif verify(path) is None:
+            good += 1
+
+
+def newest(root: Path, say=lambda line: None) -> Checkpoint | None:
+    """The newest checkpoint that verifies; says in one line which newer ones were passed over."""
+    for path in _newest_first(root):
+        fault = verify(path)
+        if fault is None:
+            step = int(NAME.fullmatch(path.name)[1])
+            return Checkpoint(path, step, json.loads((path / "state.json").read_text()))
+        say(f"skipped checkpoint {path.name}: {fault}")
+    return None
+
+
+def verify(path: Path) -> str | None:
+    """None when every file has the manifest's size and hash, else what is wrong."""
+    try:
+        manifest = json.loads((path / "MANIFEST.json").read_text())
+        for name, entry in manifest["files"].items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
+                return f"{name} is damaged"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "MANIFEST.json is missing or damaged"
+    return None
+
+
+def restore(checkpoint: Checkpoint, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Put the saved bits back into params and optimizer; returns the best parameters so far ({} if none)."""
+    saved = load_file(checkpoint.path / "params.safetensors")
+    if saved.keys() != params.keys():
+        raise ValueError(f"{checkpoint.path}: holds other tensors than this run trains")
+    with torch.no_grad():
+        for name, p in params.items():
+            p.copy_(saved[name])
+    moments = load_file(checkpoint.path / "optimizer.safetensors")
+    for name, p in params.items():
+        entry = {k: moments[f"{name}:{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {k: v if k == "step" and not p.is_cuda else v.to(p.device) for k, v in entry.items()}
+    best = checkpoint.path / "best.safetensors"
+    return load_file(best) if best.exists() else {}
+
+
+def _optimizer_tensors(params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {f"{name}:{key}": value.detach().contiguous() for name, p in params.items()
+            for key, value in optimizer.state[p].items()}
+
+
+def _newest_first(root: Path) -> Sequence[Path]:
+    found = [p for p in root.glob("step-*") if NAME.fullmatch(p.name)] if root.is_dir() else []
+    return sorted(found, reverse=True)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

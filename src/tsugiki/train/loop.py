@@ -1,0 +1,175 @@
+"""The training loop: steps, evaluation, checkpoints, signals. Everything random is a function of (seed, step, row)."""
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tsugiki.config import TrainConfig
+from tsugiki.data.batch import Batch, collate, micro_batches, step_rows
+from tsugiki.data.render import Example
+from tsugiki.errors import RunError
+from tsugiki.evaluate.score import Score
+from tsugiki.train import checkpoint as checkpoints
+from tsugiki.train.log import Bar, MetricsFile
+from tsugiki.train.optim import adamw, schedule
+from tsugiki.train.step import train_step
+
+
+class Interrupted(RunError):
+    """SIGINT or SIGTERM came; the run was saved. `code` is the shell's 128 + signal."""
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.code = 128 + signum
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained on what. `route` gives the forward its adapter and its dropout keys, from (batch, step)."""
+    model: nn.Module
+    params: dict[str, nn.Parameter]
+    examples: Sequence[Example]
+    cfg: TrainConfig
+    lr: float
+    pad_id: int
+    layout: str
+    route: Callable[[Batch, int], dict] = lambda batch, step: {}
+    evaluate: Callable[[], Score] | None = None
+    autocast: Callable[[], AbstractContextManager] = nullcontext
+
+    @property
+    def steps(self) -> int:
+        return self.cfg.steps or max(1, math.ceil(self.cfg.epochs * math.ceil(len(self.examples) / self.cfg.batch_size)))
+
+
+@dataclass
+class Progress:
+    """The part of a run that a checkpoint must remember besides tensors."""
+    step: int = 0
+    best: float | None = None
+    best_step: int = 0
+    stale: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    offset: int = 0
+    stopped: str = ""
+    before: dict = field(default_factory=dict)
+    after: dict = field(default_factory=dict)
+    samples: list = field(default_factory=list)
+
+
+def fit(job: Job, out: Path, *, quiet: bool = False, say: Callable[[str], None] = print,
+        samples: Callable[[], list[dict]] | None = None) -> Progress:
+    """Train to the end, from the newest good checkpoint in `out/checkpoints` if there is one.
+
+    Leaves the trained weights in `job.params` (the best evaluated ones with cfg.keep = "best").
+    Raises RunError on a non-finite step, Interrupted after SIGINT or SIGTERM (saved, to be resumed).
+    """
+    cfg, root = job.cfg, out / "checkpoints"
+    optimizer = adamw(job.params.values(), job.lr, cfg.weight_decay, cfg.beta2)
+    best: dict[str, torch.Tensor] = {}
+    found = checkpoints.newest(root, say)
+    progress = Progress(**found.state) if found else Progress()
+    if found:
+        best = checkpoints.restore(found, job.params, optimizer)
+        if progress.step < job.steps and not progress.stopped:
+            say(f"going on from step {progress.step} of {job.steps}")
+    metrics = MetricsFile(out / "metrics.jsonl", progress.offset)
+
+    def save() -> None:
+        progress.offset = metrics.sync()
+        checkpoints.save(root, progress.step, job.params, optimizer, vars(progress), cfg.save_keep, best)
+
+    def score(now: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Evaluate; returns the best parameters so far."""
+        result = job.evaluate()
+        metrics.write(step=progress.step, eval=result.plain())
+        progress.after = result.plain()
+        if progress.best is None or result.better_than(progress.best):
+            progress.best, progress.best_step, progress.stale = result.value, progress.step, 0
+            return {n: p.detach().clone() for n, p in job.params.items()} if cfg.keep == "best" or cfg.patience else {}
+        progress.stale += 1
+        if cfg.patience and progress.stale >= cfg.patience:
+            progress.stopped = f"no better {result.metric} in {cfg.patience} evaluations"
+        return now
+
+    if not found:
+        if samples:
+            progress.samples = samples()
+        if job.evaluate:
+            best = score(best)
+            progress.before, progress.after = progress.after, {}
+    saved_at, evaluated = time.monotonic(), progress.step
+    with _signals() as caught, Bar("train", job.steps, progress.step, quiet) as bar:
+        while progress.step < job.steps and not progress.stopped:
+            began = time.monotonic()
+            _one_step(job, optimizer, progress, metrics, bar, began)
+            last = progress.step == job.steps
+            if job.evaluate and (last or cfg.eval_steps and progress.step % cfg.eval_steps == 0):
+                best, evaluated = score(best), progress.step
+            due = progress.step % cfg.save_steps == 0 if cfg.save_steps else time.monotonic() - saved_at > 60
+            if due or last or caught or progress.stopped:
+                save()
+                saved_at = time.monotonic()
+            if caught and not last:
+                raise Interrupted(f"stopped by {signal.Signals(caught[0]).name} at step {progress.step} of {job.steps}, "
+                                  "saved; the same command goes on from here", caught[0])
+    if (cfg.keep == "best" or progress.stopped) and best:
+        with torch.no_grad():
+            for name, p in job.params.items():
+                p.copy_(best[name])
+        if job.evaluate and evaluated != progress.best_step:
+            progress.after = job.evaluate().plain()
+    return progress
+
+
+def _one_step(job: Job, optimizer, progress: Progress, metrics: MetricsFile, bar: Bar, began: float) -> None:
+    """Rows -> micro-batches -> update -> log."""
+    cfg, step = job.cfg, progress.step
+    rows = step_rows(len(job.examples), cfg.batch_size, cfg.seed, step)
+    lengths = {i: len(job.examples[i].ids) for i in rows}
+    cuts = micro_batches(lengths, rows, job.layout, max(cfg.max_tokens, cfg.max_length))
+    device = next(iter(job.params.values())).device
+    batches = [collate(job.examples, cut, job.pad_id).to(device) for cut in cuts]
+    lr = job.lr * schedule(cfg.schedule, step, job.steps, cfg.warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    result = train_step(job.model, batches, job.params, optimizer, clip=cfg.clip, step=step + 1,
+                        where=lambda i: job.examples[i].where, route=lambda b: job.route(b, step), autocast=job.autocast)
+    took = time.monotonic() - began
+    progress.step, progress.tokens, progress.seconds = step + 1, progress.tokens + result.tokens, progress.seconds + took
+    if progress.step % cfg.log_steps == 0 or progress.step in (1, job.steps):
+        metrics.write(step=progress.step, loss=result.loss, lr=lr, norm=result.norm, supervised=result.supervised,
+                      tokens=progress.tokens, tokens_per_second=round(result.tokens / took, 1), seconds=round(progress.seconds, 3))
+    bar.update(progress.step, f"loss {result.loss:.3f}  {progress.tokens / max(progress.seconds, 1e-9):,.0f} tok/s")
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM fill the list, read after each step; a second one acts as usual."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+
+    def note(signum, frame):
+        caught.append(signum)
+        signal.signal(signum, before[signum])
+
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    for s in before:
+        signal.signal(s, note)
+    try:
+        yield caught
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)

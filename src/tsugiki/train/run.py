@@ -1,0 +1,252 @@
+"""A whole run: data checked before the model loads, one folder that resumes itself, a result that is saved and reported."""
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import platform
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+import yaml
+from torch import nn
+
+from tsugiki import formats
+from tsugiki.adapters import attach
+from tsugiki.config import RunConfig
+from tsugiki.data import Columns, Conversation, Renderer, duplicates, load_conversations, split
+from tsugiki.data.batch import stream_key
+from tsugiki.errors import UserError
+from tsugiki.evaluate.answers import generate_answers
+from tsugiki.evaluate.score import evaluate
+from tsugiki.formats.export import export_model
+from tsugiki.load import compute_dtype, max_positions, pad_id, stored_dtype
+from tsugiki.memory import keep_freed_memory
+from tsugiki.methods import Full, make
+from tsugiki.route import token_keys
+from tsugiki.sites import family_of, find
+from tsugiki.train.layout import choose_layout
+from tsugiki.train.log import MetricsFile, console
+from tsugiki.train.loop import Job, Progress, fit
+from tsugiki.train.report import write_report
+
+# Keys that may differ between a run and its resumption: they change what is kept or shown, never the weights.
+INERT = ("out", "device", "train.log_steps", "train.save_steps", "train.save_keep")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The conversations of a run: what is trained on and what is held out."""
+    train: list[Conversation]
+    held_out: list[Conversation]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run hands back: its folder, the trained adapter or model folder, scores before and after."""
+    out: Path
+    saved: Path
+    progress: Progress
+    steps: int
+    trainable: int
+    total: int
+
+    def plain(self) -> dict:
+        return {"out": str(self.out), "saved": str(self.saved), "steps": self.progress.step, "tokens": self.progress.tokens,
+                "seconds": round(self.progress.seconds, 1), "trainable": self.trainable, "total": self.total,
+                "before": self.progress.before, "after": self.progress.after, "stopped": self.progress.stopped,
+                "report": str(self.out / "report.html")}
+
+
+def columns_of(cfg: RunConfig) -> Columns | None:
+    """The table templates of data.prompt and data.completion; UserError when only one is given."""
+    data = cfg.data
+    if not data.prompt and not data.completion:
+        return None
+    if not (data.prompt and data.completion):
+        raise UserError(f"data.{'completion' if data.prompt else 'prompt'}: missing; data.prompt and data.completion go together")
+    return Columns(prompt=data.prompt, completion=data.completion, labels=data.labels or None)
+
+
+def read_rows(cfg: RunConfig, say: Callable[[str], None]) -> Rows:
+    """Read, check and split the data of a run; says how many rows, and what stands on both sides of the split."""
+    if not cfg.data.files:
+        raise UserError("data.files: no training data; give --data FILE")
+    columns, data = columns_of(cfg), cfg.data
+    rows = load_conversations(data.files, data.format, columns)
+    if data.max_rows and data.max_rows < len(rows):
+        generator = torch.Generator().manual_seed(stream_key(cfg.train.seed, "max_rows"))
+        rows = [rows[i] for i in sorted(torch.randperm(len(rows), generator=generator)[:data.max_rows].tolist())]
+    if data.eval:
+        train, held = rows, load_conversations(data.eval, data.format, columns)
+    elif data.holdout:
+        train, held = split(rows, data.holdout, cfg.train.seed)
+    else:
+        train, held = rows, []
+    say(f"{len(train):,} rows to train on" + (f", {len(held):,} held out" if held else ", none held out"))
+    if held and (both := duplicates(train, held)):
+        say(f"the held-out score is too good: {both}")
+    text = "\0".join(f"{c.kind}{[(m.role, m.content) for m in c.messages]}" for c in (*train, *held))
+    return Rows(train, held, hashlib.sha256(f"{len(train)}\0{text}".encode("utf-8", "surrogatepass")).hexdigest())
+
+
+def claim(out: Path, cfg: RunConfig, fingerprint: str) -> None:
+    """Write run.yaml, or check that the run found in `out` is this one; UserError names the first difference."""
+    values = dataclasses.asdict(cfg) | {"data_sha256": fingerprint}
+    path = out / "run.yaml"
+    if path.exists():
+        old = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        for key, was, now in _differences(old, values):
+            if key not in INERT:
+                raise UserError(f"{out}: holds another run ({key} is {was!r} there, {now!r} here); choose another --out or delete it")
+        return
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: is not empty and holds no run; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _differences(old: dict, new: dict, prefix: str = ""):
+    for key in [*new, *(k for k in old if k not in new)]:
+        was, now = old.get(key), new.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            yield from _differences(was, now, f"{prefix}{key}.")
+        elif was != now:
+            yield f"{prefix}{key}", was, now
+
+
+def run(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, *, quiet: bool = False,
+        say: Callable[[str], None] | None = None) -> Result:
+    """Train `model` on `rows` as `cfg` says, into cfg.out; the model is left trained, the adapter attached and active."""
+    say = say or (lambda line: None if quiet else console().print(line, markup=False))
+    keep_freed_memory()
+    out, train = Path(cfg.out), cfg.train
+    method = make(**cfg.method)
+    limit = min(train.max_length, max_positions(model) or train.max_length)
+    template = Path(cfg.data.template).read_text(encoding="utf-8") if cfg.data.template else None
+    renderer = Renderer(tokenizer, template=template, train_on=cfg.data.train_on, stop=cfg.data.stop)
+    examples, report = renderer.examples(rows.train, limit)
+    _say_report(report, limit, say)
+    claim(out, cfg, rows.fingerprint)
+    params, adapter = _trainable(model, method, cfg)
+    _frozen_but(model, params)
+    full = adapter is None
+    scoring = None
+    if rows.held_out:
+        scoring = partial(evaluate, model, renderer, rows.held_out, cfg.eval, pad_id(tokenizer), limit)
+    device = next(iter(params.values())).device
+    bf16 = next((p.dtype for p in model.parameters() if not p.requires_grad), None) == torch.bfloat16 or train.dtype == "bf16"
+    job = Job(model, params, examples, train, train.lr or method.lr, pad_id(tokenizer),
+              choose_layout(model, examples, train, virtual=bool(adapter and adapter.virtual)),
+              route=_route(cfg, adapter), evaluate=scoring,
+              autocast=partial(torch.autocast, device.type, torch.bfloat16) if full and _wants_bf16(train, device) else nullcontext)
+    if train.compile:
+        for layer in find(model, family_of(model).layers, "layers"):
+            layer.compile()
+    trainable, total = sum(p.numel() for p in params.values()), _count(model, params, full)
+    say(f"{type(method).name}: {trainable:,} of {total:,} parameters trained ({trainable / total:.2%}), {job.steps} steps, "
+        f"{'bf16' if bf16 else 'fp32'} on {device.type}, layout {job.layout}")
+    picked = rows.held_out[:3] if any(c.kind != "text" for c in rows.held_out[:3]) else []
+    answers = partial(generate_answers, model, renderer, picked, cfg.eval.max_new_tokens, 8, pad_id(tokenizer)) if picked else None
+    progress = fit(job, out, quiet=quiet, say=say,
+                   samples=(lambda: [{"before": a} for a in answers()]) if answers else None)
+    saved = _save(model, tokenizer, adapter, cfg, renderer, rows.train[0].kind)
+    result = Result(out, saved, progress, job.steps, trainable, total)
+    shown = [s | {"prompt": c.prompt_text, "expected": c.reference, "after": a}
+             for s, c, a in zip(progress.samples, picked, answers() if answers else [], strict=False)]
+    write_report(out / "report.html", _report(result, cfg, params, shown, type(method).name))
+    return result
+
+
+def _say_report(report, limit: int, say: Callable[[str], None]) -> None:
+    """What tokenising changed, a line each."""
+    if report.chunks:
+        say(f"long texts were split: {report.chunks:,} more rows of at most {limit} tokens")
+    if report.cut:
+        say(f"{report.cut:,} of {report.rows:,} rows were longer than {limit} tokens and were cut (train.max_length)")
+    if report.dropped:
+        say(f"{report.dropped:,} of {report.rows:,} rows were dropped: nothing to train on within {limit} tokens")
+    if report.split:
+        say(f"{report.split:,} conversations were split into one row a turn: their turns do not continue each other's tokens")
+
+
+def _wants_bf16(train, device: torch.device) -> bool:
+    return compute_dtype(train.dtype, device) == torch.bfloat16
+
+
+def _trainable(model: nn.Module, method, cfg: RunConfig):
+    """(parameters by name, the adapter or None): full fine-tuning trains the base's own, in float32."""
+    if isinstance(method, Full):
+        params = method.select(model)
+        for p in params.values():
+            if p.dtype in (torch.bfloat16, torch.float16):
+                p.data = p.data.float()
+        return params, None
+    adapters = attach(model)
+    adapter = adapters.get(cfg.adapter) if cfg.adapter in adapters.names() else adapters.add(cfg.adapter, method, seed=cfg.train.seed)
+    adapters.active = (cfg.adapter,)
+    return adapter.parameters(), adapter
+
+
+def _frozen_but(model: nn.Module, params: dict[str, nn.Parameter]) -> None:
+    chosen = {id(p) for p in params.values()}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in chosen)
+
+
+def _route(cfg: RunConfig, adapter):
+    """Per batch: which adapter, and dropout keys that are a function of (seed, step, row, position)."""
+    if adapter is None:
+        return lambda batch, step: {}
+    if not getattr(adapter.cfg, "dropout", 0.0):
+        return lambda batch, step: {"adapter_ids": cfg.adapter}
+    return lambda batch, step: {"adapter_ids": cfg.adapter,
+                                "token_keys": token_keys(cfg.train.seed, step, batch.samples, batch.positions)}
+
+
+def _count(model: nn.Module, params: dict, full: bool) -> int:
+    seen = {id(p): p.numel() for p in model.parameters()} | {id(p): p.numel() for p in params.values()}
+    return sum(seen.values())
+
+
+def _save(model, tokenizer, adapter, cfg: RunConfig, renderer: Renderer, kind: str) -> Path:
+    out = Path(cfg.out)
+    if adapter is not None:
+        note = {"kind": kind} | ({"template": renderer.template} if cfg.data.template else {})
+        formats.save(adapter, out / "adapter", stop_ids=renderer.stop_ids, base=cfg.base, extra=note)
+        return out / "adapter"
+    dtype = stored_dtype(cfg.base) if cfg.base else torch.float32
+    return export_model(model, tokenizer, out / "model", dtype=dtype, stop_ids=renderer.stop_ids)
+
+
+def _report(result: Result, cfg: RunConfig, params: dict[str, nn.Parameter], samples: Sequence[dict], method: str) -> dict:
+    progress, curves = result.progress, {}
+    names = {"loss": "train loss", "lr": "learning rate", "norm": "gradient norm", "tokens_per_second": "tokens/s"}
+    for line in MetricsFile(result.out / "metrics.jsonl", progress.offset).read():
+        for key, name in names.items():
+            if key in line:
+                curves.setdefault(name, []).append((line["step"], line[key]))
+        for key, value in line.get("eval", {}).items():
+            if key in ("loss", "accuracy", "bleu"):
+                curves.setdefault("held-out loss" if key == "loss" else key, []).append((line["step"], value))
+    before, after = progress.before, progress.after
+    table = {key: {"before": before.get(key), "after": after.get(key), "n": after.get("n"),
+                   "interval": after.get("interval") if key == after.get("metric") else None}
+             for key in ("accuracy", "bleu", "loss", "perplexity") if key in after}
+    return {"title": f"{method} on {cfg.base}", "config": dataclasses.asdict(cfg), "curves": curves, "samples": list(samples),
+            "before_after": table,
+            "summary": {"steps": progress.step, "tokens": progress.tokens, "minutes": round(progress.seconds / 60, 2),
+                        "stopped early": progress.stopped or "no", "saved to": str(result.saved)},
+            "parameters": {"total": result.total, "trainable": result.trainable, "share": result.trainable / result.total,
+                           "rows": [{"site": n, "count": p.numel()} for n, p in params.items()]},
+            "environment": {"python": platform.python_version(), "torch": torch.__version__,
+                            "transformers": transformers.__version__, "threads": torch.get_num_threads(),
+                            "machine": platform.machine()}}

@@ -1,0 +1,72 @@
+"""The maths of one optimizer step, on one screen."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tsugiki.data.batch import Batch
+from tsugiki.errors import RunError
+from tsugiki.train.loss import token_losses
+from tsugiki.train.optim import grad_norm
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step measured: mean loss (nats) over `supervised` tokens, norm of the gradient before clipping."""
+    loss: float
+    supervised: int
+    tokens: int
+    norm: float
+
+
+def train_step(model: nn.Module, batches: Sequence[Batch], params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
+               *, clip: float, step: int, where: Callable[[int], str],
+               route: Callable[[Batch], dict] = lambda batch: {},
+               autocast: Callable[[], AbstractContextManager] = nullcontext) -> StepResult:
+    """One update from all micro-batches: loss = sum over supervised tokens / their count over the WHOLE step.
+
+    No micro-batch divides by its own count, so every way of cutting a step gives the same gradient.
+    Raises RunError before the update when a loss or gradient is not finite, naming the step and the rows.
+    """
+    count = sum(batch.supervised for batch in batches)
+    total = 0.0
+    for batch in batches:
+        if not batch.supervised:
+            continue
+        with autocast():
+            losses, rows = token_losses(model, batch, **route(batch))
+        part = losses.sum()
+        if not torch.isfinite(part):
+            bad = sorted({int(r) for r in rows[~torch.isfinite(losses)]} or {int(r) for r in rows})
+            optimizer.zero_grad(set_to_none=True)
+            raise RunError(f"step {step}: the loss is not finite in {_names(bad, where)}; "
+                           "nothing was updated, the last checkpoint is good")
+        (part / count).backward()
+        total += float(part.detach())
+    norm = grad_norm(params.values())
+    if not torch.isfinite(norm):
+        name = next((n for n, p in params.items() if p.grad is not None and not torch.isfinite(p.grad).all()), "their sum")
+        rows = sorted({int(r) for batch in batches for r in batch.samples.unique() if r >= 0})
+        optimizer.zero_grad(set_to_none=True)
+        raise RunError(f"step {step}: the gradient of {name} is not finite, from {_names(rows, where)}; "
+                       "nothing was updated, the last checkpoint is good")
+    if clip and norm > clip:
+        scale = clip / norm
+        for p in params.values():
+            if p.grad is not None:
+                p.grad.mul_(scale.to(p.grad.dtype))
+    silent = [n for n, p in params.items() if p.grad is None] if step == 1 else []
+    if silent:
+        raise RunError(f"step 1: {len(silent)} trained tensors get no gradient, first {silent[0]}: they would stay as they are")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(total / count, count, sum(b.tokens for b in batches), float(norm))
+
+
+def _names(rows: Sequence[int], where: Callable[[int], str]) -> str:
+    shown = ", ".join(where(r) for r in rows[:4])
+    return shown + (f" and {len(rows) - 4} more rows" if len(rows) > 4 else "")
