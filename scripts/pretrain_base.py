@@ -25,6 +25,7 @@ import tsugiki as tg
 HELD_OUT = ("Burnett_Garden_1911", "Conrad_Almayer_1895")
 BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 PLAIN = str.maketrans({"\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2019": "'", "\u2014": " - ", "\u2013": "-", "\u00a0": " "})
+PROMPTS = ("The old man looked at", '"I am very glad to see you,"', "In the morning the children", "She was not happy, because")
 CHARACTERS = 900
 SENTENCE_END = re.compile(r"(?<=[.!?][\"']) |(?<=[.!?]) ")
 BATCH = 32
@@ -63,7 +64,8 @@ def write_passages(novels: Path, work: Path) -> None:
         (held if path.stem in HELD_OUT else train).extend(passages(path.read_text(encoding="utf-8", errors="replace")))
     random.Random(0).shuffle(held)
     for name, rows in (("train", train), ("held_out", held[:300])):
-        (work / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        lines = "".join(json.dumps({"text": row}, ensure_ascii=False) + "\n" for row in rows)
+        (work / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     print(f"{len(train):,} passages to train on, {len(held[:300])} held out, from {', '.join(HELD_OUT)}")
 
 
@@ -74,7 +76,8 @@ def train_tokenizer(work: Path, vocabulary: int) -> None:
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[PAD, BEGIN, END],
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator((json.loads(line)["text"] for line in open(work / "train.jsonl", encoding="utf-8")), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))])
+    begin = tokenizer.token_to_id(BEGIN)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, begin)])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=PAD,
                             model_max_length=512).save_pretrained(work / "random")
 
@@ -104,7 +107,7 @@ def write_assets(model_dir: Path, work: Path, assets: Path, runs: list[str]) -> 
     model.to(torch.bfloat16).save_pretrained(assets)
     tokenizer.save_pretrained(assets)
     samples = []
-    for prompt in ("The old man looked at", '"I am very glad to see you,"', "In the morning the children", "She was not happy, because"):
+    for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         torch.manual_seed(0)
         out = model.float().generate(ids, max_new_tokens=60, do_sample=True, temperature=0.7, top_p=0.9, pad_token_id=0)
@@ -130,7 +133,8 @@ language: en
 A small English language model, so that every command of Tsugiki works on a machine that has nothing else.
 It is a base model: it continues text in the manner of old novels, and knows nothing of instructions until it is fine-tuned.
 
-- **Shape**: Llama, {parameters:,} parameters, 8 layers, hidden 256, 4 heads, tied embeddings, byte-level BPE of {vocabulary:,} tokens, bfloat16.
+- **Shape**: Llama, {parameters:,} parameters, 8 layers, hidden 256, 4 heads, tied embeddings,
+  byte-level BPE of {vocabulary:,} tokens, bfloat16.
 - **Data**: 92 English novels of the 1840s to 1930, in the public domain, cut into passages of about 900 characters.
   Held out whole: {held}.
 - **Training**: from random weights by `scripts/pretrain_base.py`, this library's own `train` on a CPU;
@@ -153,9 +157,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--novels", type=Path, required=True, help="folder of .txt novels")
     parser.add_argument("--work", type=Path, default=Path("runs/base"), help="working folder (default: %(default)s)")
-    parser.add_argument("--assets", type=Path, default=Path(__file__).parents[1] / "src/tsugiki/assets/base", help="where the result goes")
-    parser.add_argument("--stable-steps", type=int, default=4000, help="steps at a constant rate (default: %(default)s)")
-    parser.add_argument("--decay-steps", type=int, default=1000, help="steps of decay (default: %(default)s)")
+    parser.add_argument("--assets", type=Path, help="where the result goes (%(default)s)",
+                        default=Path(__file__).parents[1] / "src/tsugiki/assets/base")
+    parser.add_argument("--stable-steps", type=int, default=2100, help="steps at a constant rate (default: %(default)s)")
+    parser.add_argument("--decay-steps", type=int, default=600, help="steps of decay (default: %(default)s)")
     parser.add_argument("--vocabulary", type=int, default=6144)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

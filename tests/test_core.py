@@ -43,7 +43,8 @@ def row_losses(model, x, **kwargs):
 
 
 def gradients(adapters):
-    found = {(n, k): p.grad.clone() for n in adapters.names() for k, p in adapters.get(n).parameters().items() if p.grad is not None}
+    every = {(n, k): p for n in adapters.names() for k, p in adapters.get(n).parameters().items()}
+    found = {key: p.grad.clone() for key, p in every.items() if p.grad is not None}
     adapters.model.zero_grad()
     return found
 
@@ -199,7 +200,8 @@ def test_layers_compile_whole_and_equal_eager_in_every_route(kind):
     fill(adapters.add("dropped", LoRA(dropout=0.3)))
     keys = token_keys(0, 1, torch.arange(3)[:, None].expand(3, 10), torch.arange(10).expand(3, 10))
     layers, x, graphs = model.get_submodule(FAMILIES[kind].layers), ids(3), []
-    calls = [dict(adapter_ids=r) for r in ("lora", ["lora", None, "bitfit"], ["bitfit", "lora", ("lora", "bitfit")], ["prefix"] * 3)]
+    routes = ("lora", ["lora", None, "bitfit"], ["bitfit", "lora", ("lora", "bitfit")], ["prefix"] * 3)
+    calls = [dict(adapter_ids=r) for r in routes]
     calls.append(dict(adapter_ids="dropped", token_keys=keys))
 
     def backend(graph, inputs):
@@ -437,7 +439,8 @@ def test_dropout_masks_are_random_over_tokens_features_and_sites():
     from tsugiki.route import Context, dropout
     keys = token_keys(0, 0, torch.arange(64)[:, None].expand(64, 64), torch.arange(64).expand(64, 64))
     assert keys.unique().numel() == keys.numel()
-    kept = torch.stack([dropout(torch.ones(64, 64, 96, dtype=F64), 0.3, Context(keys=keys), torch.tensor(salt), False) for salt in (11, 12)])
+    ones = torch.ones(64, 64, 96, dtype=F64)
+    kept = torch.stack([dropout(ones, 0.3, Context(keys=keys), torch.tensor(salt), False) for salt in (11, 12)])
     mask = (kept != 0).double()
     assert difference(kept[kept != 0], torch.tensor(1 / 0.7, dtype=F64)) < 1e-12
     assert abs(float(mask.mean()) - 0.7) < 2e-3
@@ -491,8 +494,10 @@ def test_autocast_works_over_a_float32_base():
 @pytest.mark.parametrize("values, says", [
     (dict(rank=0), "lora: rank must be at least 1, got 0"), (dict(rank="8"), "lora: rank must be a whole number, got '8'"),
     (dict(rank=True), "must be a whole number"), (dict(rank=8.5), "must be a whole number"), (dict(dropout=1), "must be below 1.0"),
-    (dict(dropout=-0.1), "at least 0.0"), (dict(dropout=float("nan")), "at least 0.0"), (dict(alpha=None), "must be a number"),
-    (dict(targets=3), "must be a list of texts or text"), (dict(targets=[]), "must be a list"), (dict(rslora="yes"), "true or false"),
+    (dict(dropout=-0.1), "at least 0.0"), (dict(dropout=float("nan")), "must be a number"),
+    (dict(alpha=float("inf")), "must be a number"), (dict(alpha=None), "must be a number"),
+    (dict(targets=3), "must be a list of texts or text"), (dict(targets=[]), "must be a list"),
+    (dict(rslora="yes"), "true or false"),
     (dict(rnak=4), "did you mean 'rank'"), (dict(targets=["q", 1]), "must be a list of texts")])
 def test_a_wrong_setting_is_one_line(values, says):
     with pytest.raises(UserError) as e:

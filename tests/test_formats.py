@@ -122,9 +122,12 @@ ON_CONFIG = {
     "no targets": (set_("target_modules", []), "target_modules: must be a text or a list of texts"),
     "targets of another kind": (set_("target_modules", [1]), "target_modules: must be"),
     "a target that is not there": (lambda d: d["target_modules"].append("w_pack"), "target_modules: 'w_pack' matches no module"),
-    "a target with no tensors": (lambda d: d["target_modules"].append("lm_head"), "tensor base_model.model.lm_head.lora_A.weight is missing"),
-    "a target that is no linear": (lambda d: d["target_modules"].append("embed_tokens"), "matches model.embed_tokens, which is not a linear"),
+    "a target with no tensors": (lambda d: d["target_modules"].append("lm_head"),
+                                 "base_model.model.lm_head.lora_A.weight is missing"),
+    "a target that is no linear": (lambda d: d["target_modules"].append("embed_tokens"),
+                                   "matches model.embed_tokens, which is not a linear"),
     "fewer targets": (lambda d: d["target_modules"].remove("q_proj"), "belongs to a module that target_modules does not name"),
+    "a regex that never ends": (set_("target_modules", "(.+)+_never"), "repeats what repeats"),
     "targets that are no regex": (set_("target_modules", "("), "is not a regular expression"),
 }
 ON_TENSORS = {

@@ -29,7 +29,8 @@ def trained_alone(model, adapters, name, run):
     losses = run()
     assert all(not torch.equal(p, start[k]) for k, p in adapters.get(name).parameters().items()), "a parameter did not train"
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "the base changed"
-    assert all(torch.equal(p, q) for n, kept in others.items() for p, q in zip(kept, adapters.get(n).parameters().values(), strict=True))
+    for n, kept in others.items():
+        assert all(torch.equal(p, q) for p, q in zip(kept, adapters.get(n).parameters().values(), strict=True)), n
     assert losses[-1] < losses[0]
 
 
@@ -97,6 +98,7 @@ def test_trl_trains_what_the_model_then_computes(tmp_path):
     with torch.no_grad():
         right, base = (float(model(x, labels=x, adapter_ids=a).loss) for a in ("lora", ()))
     args = trl.SFTConfig(str(tmp_path), max_length=32, bf16=False, gradient_checkpointing=False, **QUIET)
-    losses = losses_of(trl.SFTTrainer(model, args, train_dataset=datasets.Dataset.from_list([{"text": text}] * 4), processing_class=tok))
+    rows = datasets.Dataset.from_list([{"text": text}] * 4)
+    losses = losses_of(trl.SFTTrainer(model, args, train_dataset=rows, processing_class=tok))
     assert abs(losses[0] - right) < 1e-3 and abs(right - base) > 1e-2
     assert difference(model(x).logits, model(x, adapter_ids=()).logits) > 1e-3

@@ -60,8 +60,6 @@ def peft_logits(model, x):
 def test_peft_to_us_and_back(kind, overrides, name, tmp_path):
     if name == "prefix" and overrides == FALCONS["new_decoder"]:
         pytest.skip("this Falcon caches every query head's keys: PEFT's prefix is not one of its own keys (refused; tested below)")
-    if name == "regex" and kind in ("opt", "gptj", "phi", "llama") and "q_proj" not in last_names(tiny(kind), ("q",)):
-        pytest.fail("no q_proj")
     x = ids(2)
     wrapped = get_peft_model(tiny(kind, **overrides), theirs(tiny(kind, **overrides), name))
     noise(wrapped)
@@ -73,7 +71,7 @@ def test_peft_to_us_and_back(kind, overrides, name, tmp_path):
     adapters.load("a", tmp_path / "theirs")
     with torch.no_grad():
         assert difference(model(x).logits, right) < CLOSE
-        assert difference(right, base) > 1e-2
+        assert difference(right, base) > 50 * CLOSE
     adapters.save("a", tmp_path / "ours", base="somewhere")
     back = PeftModel.from_pretrained(tiny(kind, **overrides), tmp_path / "ours")
     assert difference(peft_logits(back, x), right) < CLOSE
@@ -117,7 +115,8 @@ def test_target_modules_are_the_suffixes_that_name_exactly_the_sites(kind, targe
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3", "opt"])
 def test_our_reading_of_target_modules_is_pefts(kind):
     """Lists, regexes and "all-linear", compared with the modules PEFT itself wraps."""
-    for targets in (["proj"], ["c_proj", "o_proj", "out_proj"], r".*(0|1)\..*", "all-linear", ["mlp.down_proj", "fc2", "attn.c_proj"]):
+    lists = ["proj"], ["c_proj", "o_proj", "out_proj"], ["mlp.down_proj", "fc2", "attn.c_proj"]
+    for targets in (*lists, r".*(0|1)\..*", "all-linear"):
         model = tiny(kind)
         adapters = attach(model)
         try:
@@ -166,3 +165,12 @@ def test_a_prefix_with_a_projection_is_refused(tmp_path):
     wrapped.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="prefix_projection"):
         attach(tiny("gpt2")).load("a", tmp_path)
+
+
+def test_a_trained_head_beside_the_adapter_is_refused(tmp_path):
+    wrapped = get_peft_model(tiny("llama"), LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        wrapped.base_model.model.lm_head.base_layer.weight[3, 3] += 1
+    wrapped.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="lm_head.base_layer.weight is not the base's own"):
+        attach(tiny("llama")).load("a", tmp_path)

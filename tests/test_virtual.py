@@ -89,7 +89,8 @@ def test_loss_and_outputs_are_those_of_the_real_tokens(kind):
     model, adapters = built(kind, Prompt(tokens=5), Prefix(tokens=3))
     x = ids(2)
     out = model(x, labels=x, adapter_ids=["prompt", "prefix1"], output_hidden_states=True)
-    assert abs(float(out.loss - F.cross_entropy(out.logits[:, :-1].flatten(0, 1), x[:, 1:].flatten()))) <= 1e-6      # transformers' loss is float32
+    loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+    assert abs(float(out.loss - loss)) <= 1e-6        # transformers' loss is float32
     assert {h.shape[1] for h in out.hidden_states} == {10}
     assert difference(model(x, adapter_ids=["prompt", "prefix1"], logits_to_keep=4).logits, out.logits[:, -4:]) <= EXACT
     some = torch.tensor([2, 5])

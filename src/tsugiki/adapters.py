@@ -198,7 +198,7 @@ class Adapters:
         return self._merged.fingerprint()
 
     def save(self, name: str, path: str | Path, **options: Any) -> Path:
-        from .formats import save                                 # formats know adapters, not the other way round
+        from .formats import save  # formats know adapters, not the other way round
         return save(self.get(name), path, **options)
 
     def load(self, name: str, path: str | Path, **options: Any) -> Adapter:

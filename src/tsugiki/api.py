@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -12,13 +13,13 @@ from tsugiki.adapters import attach
 from tsugiki.config import DataConfig, EvalConfig, RunConfig, TrainConfig, build
 from tsugiki.data import Conversation, Message, Renderer, load_conversations
 from tsugiki.errors import UserError
-from tsugiki.evaluate.answers import generate_answers
+from tsugiki.evaluate.answers import generate_answers, room
 from tsugiki.evaluate.score import Score
 from tsugiki.evaluate.score import evaluate as score
-from tsugiki.load import compute_dtype, device_of, load, max_positions, pad_id
+from tsugiki.load import compute_dtype, device_of, load, pad_id
 from tsugiki.methods import Full, make
 from tsugiki.train.log import console
-from tsugiki.train.run import Result, read_rows, run
+from tsugiki.train.run import Result, check_folder, read_rows, run
 
 
 def train(model: nn.Module, tokenizer, data: str | Path | Sequence[str | Path], out: str | Path, *, adapter: str = "default",
@@ -30,7 +31,10 @@ def train(model: nn.Module, tokenizer, data: str | Path | Sequence[str | Path], 
     """
     attached = attach(model) if not isinstance(method, Full) else None
     if attached is not None and adapter in attached.names():
-        method = attached.get(adapter).cfg
+        there = attached.get(adapter).cfg
+        if method is not None and method != there:
+            raise UserError(f"adapter {adapter!r} is attached and was made from {there}; leave method out, or remove the adapter")
+        method = there
     chosen = method if method is not None else make("lora")
     fields = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
     fields = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
@@ -50,6 +54,7 @@ def train_run(cfg: RunConfig, *, quiet: bool = False) -> Result:
         raise UserError("out: missing; give --out DIR, the folder of this run")
     method = make(**cfg.method)
     rows = read_rows(cfg, say)
+    check_folder(Path(cfg.out), cfg, rows.fingerprint)
     dtype = compute_dtype(cfg.train.dtype, device_of(cfg.device))
     dtype = torch.float32 if isinstance(method, Full) else dtype         # trained weights are float32, computed under autocast
     model, tokenizer = load(cfg.base, dtype=dtype, device=cfg.device, trust_remote_code=cfg.trust_remote_code)
@@ -57,13 +62,19 @@ def train_run(cfg: RunConfig, *, quiet: bool = False) -> Result:
 
 
 def evaluate(model: nn.Module, tokenizer, data: str | Path | Sequence[Conversation], *, adapter: str | None = None,
-             max_length: int = 1024, stop: str | None = None, progress: Callable[[int, int], None] | None = None, **settings) -> Score:
+             max_length: int = 1024, stop: str | None = None, progress: Callable[[int, int], None] | None = None,
+             **settings) -> Score:
     """Score rows with the base (adapter=None) or one adapter. settings: keys of EvalConfig."""
     conversations = load_conversations([data]) if isinstance(data, (str, Path)) else list(data)
-    limit = min(max_length, max_positions(model) or max_length)
-    with attach(model).use(adapter):
+    with _using(model, adapter):
+        limit = min(max_length, room(model) or max_length)
         return score(model, Renderer(tokenizer, stop=stop), conversations, build(EvalConfig, settings, "eval."), pad_id(tokenizer),
                      limit, progress)
+
+
+def _using(model: nn.Module, adapter: str | None) -> AbstractContextManager:
+    """One adapter, or the base alone; a model without adapters stays without."""
+    return attach(model).use(adapter) if adapter is not None or hasattr(model, "adapters") else nullcontext()
 
 
 def generate(model: nn.Module, tokenizer, prompt: str | Sequence[Message], *, adapter: str | None = None,
@@ -73,5 +84,5 @@ def generate(model: nn.Module, tokenizer, prompt: str | Sequence[Message], *, ad
         conversation = Conversation("plain", (Message("user", prompt), Message("assistant", "")), "prompt")
     else:
         conversation = Conversation("chat", (*prompt, Message("assistant", "")), "prompt")
-    with attach(model).use(adapter):
+    with _using(model, adapter):
         return generate_answers(model, Renderer(tokenizer, stop=stop), [conversation], max_new_tokens, 1, pad_id(tokenizer))[0]

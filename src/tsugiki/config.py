@@ -11,7 +11,8 @@ import yaml
 
 from tsugiki.data.batch import LAYOUTS
 from tsugiki.errors import UserError, nearest
-from tsugiki.train.optim import SCHEDULES
+
+SCHEDULES = ("cosine", "linear", "constant")
 
 
 def option(default, help: str, choices: tuple = (), low: float | None = None, high: float | None = None):
@@ -39,7 +40,7 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The optimization."""
-    epochs: float = option(1.0, "passes over the rows", low=0.0)
+    epochs: float = option(1.0, "passes over the rows", low=0.001)
     steps: int | None = option(None, "optimizer steps, instead of epochs", low=1)
     lr: float | None = option(None, "peak learning rate (default: the method's own)", low=0.0)
     batch_size: int = option(16, "rows of one optimizer step", low=1)
@@ -49,7 +50,7 @@ class TrainConfig:
     schedule: str = option("cosine", "learning rate after warm-up", SCHEDULES)
     warmup: float = option(0.03, "share of the steps in which the learning rate rises", low=0.0, high=1.0)
     weight_decay: float = option(0.0, "decoupled weight decay of matrices", low=0.0)
-    beta2: float = option(0.999, "AdamW's second moment decay", low=0.0, high=1.0)
+    beta2: float = option(0.999, "AdamW's second moment decay", low=0.0, high=0.99999)
     clip: float = option(1.0, "largest gradient norm, 0 for none", low=0.0)
     dtype: str = option("auto", "compute in bf16 or fp32; trained weights are always float32", ("auto", "bf16", "fp32"))
     seed: int = option(0, "everything random is drawn from it", low=0)
@@ -58,7 +59,7 @@ class TrainConfig:
     save_keep: int = option(2, "checkpoints kept", low=1)
     eval_steps: int = option(0, "evaluate every so many steps, 0: only before and after", low=0)
     keep: str = option("last", "which weights are the result", ("last", "best"))
-    patience: int = option(0, "stop after so many evaluations without improvement, 0: never", low=0)
+    patience: int = option(0, "stop after so many evaluations without improvement, with the best weights; 0: never", low=0)
     compile: bool = option(False, "torch.compile each decoder layer (needs a C++ compiler)")
 
 
@@ -85,6 +86,20 @@ class RunConfig:
     method: dict = field(default_factory=lambda: {"name": "lora"})
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        """What one key asks of another."""
+        data, train, name = self.data, self.train, self.method.get("name")
+        if not isinstance(name, str):
+            raise UserError(f"method.name: expected the name of a method, found {_shown(name)}")
+        if data.labels and not (data.prompt or data.completion):
+            raise UserError("data.labels: they are words for a table's columns; give data.prompt and data.completion too")
+        if not (data.eval or data.holdout):
+            for key, on in (("keep: best", train.keep == "best"), ("patience", train.patience), ("eval_steps", train.eval_steps)):
+                if on:
+                    raise UserError(f"train.{key} needs held-out rows; give data.eval (--eval-data) or data.holdout")
+        if train.patience and not train.eval_steps:
+            raise UserError("train.patience: counts evaluations, so it needs train.eval_steps")
 
 
 def build(cls: type, values: dict, where: str = ""):
@@ -116,23 +131,43 @@ def _typed(value, hint, name: str):
         return [_typed(v, typing.get_args(hint)[0], name) for v in items]
     if origin is dict:
         if not isinstance(value, dict):
-            raise UserError(f"{name}: expected keys and values, found {value!r}")
-        return {str(k): str(v) for k, v in value.items()} if typing.get_args(hint) == (str, str) else dict(value)
+            raise UserError(f"{name}: expected keys and values, found {_shown(value)}")
+        if typing.get_args(hint) != (str, str):
+            return {str(k): v for k, v in value.items()}
+        for part in (part for pair in value.items() for part in pair):
+            if isinstance(part, bool) or not isinstance(part, (str, int, float)):
+                raise UserError(f"{name}: expected texts, found {_shown(part)}; quote it (YAML reads yes, no, on, off as true, false)")
+        return {str(k): str(v) for k, v in value.items()}
     if origin is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
-    if origin in (int, float) and not isinstance(value, bool):
-        try:
-            number = float(value) if isinstance(value, (str, int, float)) else None     # YAML reads 1e-4 as a string
-            if number is not None and number == number and abs(number) != float("inf"):
-                if origin is float:
-                    return number
-                if number == int(number):
-                    return int(number)
-        except ValueError:
-            pass
+    if origin in (int, float):
+        number = None if isinstance(value, bool) else _number(value, origin)
+        if number is not None:
+            return number
     elif isinstance(value, origin):
         return value
-    raise UserError(f"{name}: expected {wanted}, found {value!r}")
+    raise UserError(f"{name}: expected {wanted}, found {_shown(value)}")
+
+
+def _number(value, kind: type) -> int | float | None:
+    """A finite number from a number or its text (YAML reads 1e-4 as text); None for anything else."""
+    if kind is int:
+        try:
+            return int(value) if isinstance(value, (int, str)) else int(value) if value == int(value) else None
+        except (ValueError, OverflowError, TypeError):
+            pass                                          # "2e3" is a whole number too
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) else None
+    except (ValueError, OverflowError):
+        return None
+    if number is None or number != number or abs(number) == float("inf"):
+        return None
+    return number if kind is float else int(number) if number == int(number) else None
+
+
+def _shown(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _in_range(value, metadata, name: str) -> None:
@@ -140,16 +175,37 @@ def _in_range(value, metadata, name: str) -> None:
         return
     choices, low, high = metadata["choices"], metadata["low"], metadata["high"]
     if choices and value not in choices:
-        raise UserError(f"{name}: {value!r} is not one of {', '.join(choices)}{nearest(value, choices)}")
+        raise UserError(f"{name}: {_shown(value)} is not one of {', '.join(choices)}{nearest(value, choices)}")
     if low is not None and value < low or high is not None and value > high:
         allowed = f"at least {low:g}" if high is None else f"{low:g} to {high:g}"
         raise UserError(f"{name}: {value:g} is out of range, allowed: {allowed}")
 
 
+class _Once(yaml.SafeLoader):
+    """The safe loader, but a key given twice is an error: YAML would let the last one win in silence."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def _yaml(text: str):
+    """The value of a YAML text. Raises yaml.YAMLError; ValueError for a date there never was, RecursionError for a nest."""
+    loader = _Once(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def read_yaml(path: str) -> dict:
     """A YAML file's keys and values (safe loader); UserError names file and line."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = _yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror}") from None
     except UnicodeDecodeError:
@@ -157,6 +213,8 @@ def read_yaml(path: str) -> dict:
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         raise UserError(f"{path}:{mark.line + 1 if mark else 1}: not YAML: {getattr(e, 'problem', None) or 'unreadable'}") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}: not YAML: {(str(e).splitlines() or [''])[0][:120]}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -182,9 +240,10 @@ def assignments(pairs: list[str]) -> dict:
         if not sign or not key.strip():
             raise UserError(f"--set {pair}: expected KEY=VALUE, as train.lr=1e-3")
         try:
-            put(values, key.strip(), yaml.safe_load(text) if text.strip() else text)
-        except yaml.YAMLError:
-            put(values, key.strip(), text)
+            value = _yaml(text) if text.strip() else text
+        except (yaml.YAMLError, ValueError, RecursionError):
+            value = text
+        put(values, key.strip(), value)
     return values
 
 

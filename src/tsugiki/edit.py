@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import types
 import zlib
 from collections.abc import Callable
@@ -63,11 +64,11 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
     options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     for option in options:
         base = get_origin(option) or option
-        if base is float and type(value) in (int, float):
+        if base is float and type(value) in (int, float) and math.isfinite(value):
             return float(value)
         if base is tuple and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value) and value:
             return tuple(value)
-        if base is not tuple and type(value) is base:
+        if base not in (tuple, float) and type(value) is base:
             return value
     wanted = " or ".join(NAMES[get_origin(o) or o] for o in options)
     raise UserError(f"{where} must be {wanted}, got {value!r}")

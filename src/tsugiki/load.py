@@ -28,7 +28,8 @@ def base_path(base: str) -> str:
     if path.exists():
         raise UserError(f"base: {base} is a file; give the folder of a transformers model")
     if base.startswith((".", "/", "~")) or base.count("/") != 1:
-        raise UserError(f"base: no folder {base}{nearest(base, [EMBEDDED])}; give a model folder, a hub id as 'org/name', or 'embedded'")
+        raise UserError(f"base: no folder {base}{nearest(base, [EMBEDDED])}; give a model folder, a hub id as 'org/name', "
+                        "or 'embedded'")
     return base
 
 
@@ -39,15 +40,21 @@ def device_of(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"device: {name!r} is not a device; allowed: auto, cpu, cuda, cuda:N") from None
+        device = torch.device("meta")
+    if device.type == "meta":
+        raise UserError(f"device: {name!r} is not a device; allowed: auto, cpu, cuda, cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("device: no CUDA GPU is to be seen here; allowed: auto, cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device: {name}: there are {torch.cuda.device_count()} GPUs, counted from 0")
     return device
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bf16 where the hardware multiplies it, else float32."""
     if name != "auto":
+        if name not in DTYPES:
+            raise UserError(f"dtype: {name!r} is not one of auto, {', '.join(DTYPES)}{nearest(name, DTYPES)}")
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
@@ -98,8 +105,11 @@ def max_positions(model: PreTrainedModel) -> int | None:
 
 
 def stored_dtype(base: str) -> torch.dtype:
-    """The dtype a base's weights have on disk, as its config says; float32 where it does not."""
-    found = getattr(AutoConfig.from_pretrained(base_path(base)), "dtype", None)
+    """The dtype a base's weights have on disk, as its config says; float32 where it does not, or is not to be had."""
+    try:
+        found = getattr(AutoConfig.from_pretrained(base_path(base)), "dtype", None)
+    except (OSError, ValueError):
+        return torch.float32
     return found if isinstance(found, torch.dtype) else torch.float32
 
 

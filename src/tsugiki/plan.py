@@ -71,8 +71,9 @@ def plan(base: str, config: Config, *, tokens: int = 4096, width: int = 2, trust
         frozen -= trainable
     else:
         trainable, frozen = sum(p.numel() for p in attach(model).add("plan", config).parameters().values()), total
-    # float32 master, gradient, two moments; a full run also keeps a 16-bit copy for the products
-    optimizer = trainable * (16 + (width if isinstance(config, Full) and width < 4 else 0))
+    # float32 master, gradient, two moments; a full run loads all of the base in float32 and keeps 16-bit copies for the products
+    full = isinstance(config, Full)
+    optimizer = trainable * (16 + (width if full and width < 4 else 0))
     activations = int(tokens * (KEPT * read * width + vocabulary * (width + 4 + 4)))
-    return Plan(config.name, total + (0 if isinstance(config, Full) else trainable), trainable, frozen * width, optimizer, activations,
-                trainable * 12)
+    return Plan(config.name, total + (0 if full else trainable), trainable, frozen * (max(width, 4) if full else width), optimizer,
+                activations, trainable * 12)

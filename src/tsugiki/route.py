@@ -157,8 +157,8 @@ def dropout(x: Tensor, p: float, ctx: Context, salt: Tensor, training: bool) -> 
         raise UserError(f"token_keys has {ctx.keys.shape[1]} positions, the sequence {x.shape[1]}")
     tokens = (_mix(ctx.keys[:, -x.shape[1]:] ^ _mix(salt)) >> 32).to(torch.int32)
     features = (_mix(torch.arange(x.shape[-1], device=x.device)) >> 32).to(torch.int32)
-    z = tokens[..., None] ^ features                                          # (B, T, D)
-    z = (z ^ ((z >> 16) & 0xFFFF)) * _signed(0x7FEB352D, 32)
-    z = (z ^ ((z >> 15) & 0x1FFFF)) * _signed(0x846CA68B, 32)
-    keep = ((z >> 8) & 0xFFFFFF) >= round(p * (1 << 24))
-    return x * keep.to(x.dtype) * (1.0 / (1.0 - p))
+    z = tokens[..., None] ^ features                                          # (B, T, D), then uniform over int32
+    z = z.bitwise_xor_(z >> 16).mul_(_signed(0x7FEB352D, 32))                 # in place: this touches every element
+    z = z.bitwise_xor_(z >> 15).mul_(_signed(0x846CA68B, 32))
+    keep = z >= round(p * (1 << 32)) - (1 << 31)
+    return (x * keep).mul_(1.0 / (1.0 - p))

@@ -40,12 +40,13 @@ def run(args: argparse.Namespace) -> int:
     text = {key: value.replace("\\n", "\n") for key in ("prompt", "completion") if (value := getattr(args, key))}
     data = build(DataConfig, {"files": args.files, "format": args.format, "labels": labels_of(args.labels)} | text, "data.")
     columns = columns_of(RunConfig(data=data))
-    renderer = Renderer(load_tokenizer(args.base or EMBEDDED, args.trust_remote_code)) if args.base or args.action == "show" else None
+    renderer = None
+    if args.base or args.action == "show":
+        renderer = Renderer(load_tokenizer(args.base or EMBEDDED, args.trust_remote_code))
     if args.action == "check":
-        problems, summary = check(data.files, data.format, columns)
-        if renderer and not problems:
-            problems = renderer.problems(load_conversations(data.files, data.format, columns))
-        emit(args, summary | {"problems": [str(p) for p in problems]}, "\n".join([*map(str, problems), _summary(summary, problems)]))
+        problems, summary = check(data.files, data.format, columns, renderer=renderer)
+        found = [str(p) for p in problems]
+        emit(args, summary | {"problems": found}, "\n".join([*found, _summary(summary, problems)]))
         return 2 if problems else 0
     conversations = load_conversations(data.files, data.format, columns)
     if args.rows < 1:

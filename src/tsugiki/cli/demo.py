@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import argparse
 
-HELP = """Fine-tune the embedded base on the embedded tasks with one LoRA, and show what changed. Takes a few minutes on a laptop."""
-TASKS = {"record": "a record as a sentence", "intent": "a request's intent", "arithmetic": "sums in words", "past": "present to past"}
+HELP = "Fine-tune the embedded base on the embedded tasks with one LoRA, and show what changed. Takes a few minutes on a laptop."
+TASKS = {"record": "a record as a sentence", "intent": "a request's intent", "arithmetic": "sums in words",
+         "past": "present to past"}
 
 
 def add(commands) -> None:
@@ -68,8 +69,10 @@ def run(args: argparse.Namespace) -> int:
     samples = [(tests[name][0], before[name].answers[0], after[name].answers[0]) for name in list(TASKS)[:3]]
     text = [table(("task", "before", "after", "95 % interval", "n", "what"), rows), ""]
     for c, was, now in samples:
-        text += [c.prompt_text, f"  before:   {was.strip()[:110]}", f"  after:    {now.strip()}", f"  expected: {c.reference.strip()}", ""]
-    text += [f"merged   {merged['out']}  check passed: reloaded logits within {merged['relative_error']:.2%} of the adapter's effect",
+        text += [c.prompt_text, f"  before:   {was.strip()[:110]}", f"  after:    {now.strip()}",
+                 f"  expected: {c.reference.strip()}", ""]
+    error = f"reloaded logits within {merged['relative_error']:.2%} of the adapter's effect"
+    text += [f"merged   {merged['out']}  check passed: {error}",
              f"adapter  {result.saved}", f"report   {result.out / 'report.html'}", "",
              f"talk to it:  tsugiki chat --adapter {result.saved}"]
     passed = {name: after[name].value >= 0.9 or after[name].value >= 2 * max(before[name].value, 1e-9) for name in TASKS}

@@ -39,8 +39,9 @@ def run(args: argparse.Namespace) -> int:
     from tsugiki.config import DataConfig, EvalConfig, RunConfig, build
     from tsugiki.data import load_conversations
     from tsugiki.errors import UserError
+    from tsugiki.evaluate.answers import room
     from tsugiki.evaluate.score import evaluate
-    from tsugiki.load import max_positions, pad_id
+    from tsugiki.load import pad_id
     from tsugiki.train.log import Bar
     from tsugiki.train.run import columns_of
     if len(args.adapter) > 1:
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     rows = load_conversations(data.files, data.format, columns_of(RunConfig(data=data)))
     loaded = load_with_adapters(args)
     adapter = next(iter(loaded.notes), None)
-    limit = min(args.max_length, max_positions(loaded.model) or args.max_length)
+    limit = min(args.max_length, room(loaded.model) or args.max_length)
     with loaded.adapters.use(adapter), Bar("eval", len(rows), quiet=args.quiet) as bar:
         def progress(done: int, total: int) -> None:
             bar.total = total

@@ -16,8 +16,10 @@ HELP = """Answer prompts.
 def add(commands) -> None:
     from tsugiki.cli.main import common
     from tsugiki.cli.models import adapter_flags
-    p = commands.add_parser("generate", help="answer prompts", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--prompt", action="append", help="the prompt (\\n is a line break); may be given again; default: a prompt a line from stdin")
+    p = commands.add_parser("generate", help="answer prompts", description=HELP,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--prompt", action="append",
+                   help="the prompt (\\n is a line break); may be given again; default: a prompt a line from stdin")
     p.add_argument("--as", dest="kind", choices=("auto", "chat", "plain"), default="auto",
                    help="chat: through the chat template; plain: the text as it is (default: as the adapter was trained)")
     sampling(p)
@@ -39,7 +41,8 @@ def options(args: argparse.Namespace, stop_ids: list[int], pad: int) -> dict:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
     if args.temperature < 0 or not 0 < args.top_p <= 1:
         raise UserError("--temperature must be 0 or more, --top-p above 0 and at most 1")
-    found = {"max_new_tokens": args.max_new_tokens, "eos_token_id": stop_ids, "pad_token_id": pad, "do_sample": args.temperature > 0}
+    found = {"max_new_tokens": args.max_new_tokens, "eos_token_id": stop_ids, "pad_token_id": pad,
+             "do_sample": args.temperature > 0}
     return found | ({"temperature": args.temperature, "top_p": args.top_p} if args.temperature > 0 else {})
 
 
@@ -48,10 +51,13 @@ def answer(loaded, conversation, adapter: str | None, args: argparse.Namespace, 
     import torch
     from transformers import TextStreamer
 
-    from tsugiki.load import max_positions, pad_id
+    from tsugiki.evaluate.answers import room
+    from tsugiki.load import pad_id
     renderer = loaded.renderer(adapter)
     prompt = renderer.prompt(conversation)
-    limit = max_positions(loaded.model)
+    limit = room(loaded.model)
+    if not prompt:
+        raise UserError("the prompt is empty and the tokenizer adds no beginning: there is nothing to continue")
     if limit and len(prompt) >= limit:
         raise UserError(f"the prompt has {len(prompt)} tokens, the model takes {limit}")
     ids = torch.tensor([prompt], device=loaded.model.device)

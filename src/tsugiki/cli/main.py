@@ -9,11 +9,15 @@ from collections.abc import Sequence
 
 from tsugiki.errors import RunError, UserError, nearest
 
-EPILOG = "Every flag is a key of the run's configuration; --config FILE.yaml and --set a.b=c set the same keys. See docs/configuration.md."
+EPILOG = ("Every flag is a key of the run's configuration; --config FILE.yaml and --set a.b=c set the same keys. "
+          "See docs/configuration.md.")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors and the nearest spelling."""
+    """argparse with one-line errors and the nearest spelling; a flag is never guessed from its beginning."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
@@ -33,7 +37,8 @@ def emit(args: argparse.Namespace, values: dict, text: str = "") -> None:
 
 def parser() -> Parser:
     from tsugiki.cli import chat, data, demo, eval, generate, merge, plan, train
-    top = Parser(prog="tsugiki", description="Fine-tune large language models. `tsugiki demo` shows the whole road in a few minutes.")
+    top = Parser(prog="tsugiki",
+                 description="Fine-tune large language models. `tsugiki demo` shows the whole road in a few minutes.")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser, required=True)
     for module in (demo, train, generate, chat, eval, merge, plan, data):
         module.add(commands)

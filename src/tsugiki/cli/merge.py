@@ -33,13 +33,16 @@ def run(args: argparse.Namespace) -> int:
     if not args.adapter:
         raise UserError("--adapter: missing; give the adapter folder to merge")
     asked = args.dtype or "auto"
+    if not args.limit >= 0:
+        raise UserError(f"--limit {args.limit}: must be a number from 0 up")
     if asked not in (*DTYPES, "auto"):
         raise UserError(f"--dtype {asked}: allowed: auto (as the base is stored), {', '.join(DTYPES)}")
     dtype = stored_dtype(args.base or EMBEDDED) if asked == "auto" else DTYPES[asked]
     loaded = load_with_adapters(args, dtype="fp32")
     stops = sorted({i for name in loaded.notes for i in loaded.stop_ids(name)})
+    templates = {loaded.renderer(name).template for name, note in loaded.notes.items() if note.get("kind") == "chat"}
     report = merge_to_folder(loaded.model, loaded.tokenizer, loaded.adapters, list(loaded.notes), args.out, dtype=dtype,
-                             limit=args.limit, stop_ids=stops)
+                             limit=args.limit, stop_ids=stops, template=templates.pop() if len(templates) == 1 else None)
     emit(args, report, f"merged into {args.out} ({report['dtype']}); checked: reloaded logits differ from the unmerged model's by "
                        f"{report['max_error']:.2e} at most,\n{report['relative_error']:.2%} of the adapter's own effect "
                        f"(weights: {report['weight_error']:.2%} of the change lost to rounding)")

@@ -18,7 +18,8 @@ class Loaded:
 
     def renderer(self, adapter: str | None):
         from tsugiki.data import Renderer
-        return Renderer(self.tokenizer, template=self.notes.get(adapter, {}).get("template"))
+        note = self.notes.get(adapter, {})
+        return Renderer(self.tokenizer, template=note.get("template"), stop=note.get("stop"))
 
     def kind(self, adapter: str | None, asked: str = "auto") -> str:
         """Whether a prompt is rendered by the chat template or taken as it is: as the adapter was trained."""
@@ -55,7 +56,7 @@ def load_with_adapters(args: argparse.Namespace, dtype: str | None = None) -> Lo
     wanted: dict[str, str] = {}
     for text in args.adapter:
         name, sign, folder = text.partition("=")
-        if not sign:
+        if not sign or Path(text).is_dir():            # a folder's name may hold a "="
             path = Path(text)
             name, folder = (path.parent.name if path.name == "adapter" else path.name) or "adapter", text
         if not (Path(folder) / "adapter_config.json").is_file():

@@ -30,10 +30,15 @@ def run(args: argparse.Namespace) -> int:
     from tsugiki.cli.main import emit
     from tsugiki.cli.tables import table
     from tsugiki.config import assignments
-    from tsugiki.load import DTYPES, EMBEDDED
+    from tsugiki.load import EMBEDDED, compute_dtype, device_of
     from tsugiki.methods import METHODS, make
     from tsugiki.plan import lora_parameters, plan
-    values = assignments(args.set).get("method", {})
+    keys = assignments(args.set)
+    values = keys.get("method", {})
+    if strange := [k for k in keys if k != "method"] or ([] if isinstance(values, dict) else ["method"]):
+        raise UserError(f"--set {strange[0]}: plan takes fields of the method only, as method.rank=16")
+    if args.tokens < 1:
+        raise UserError(f"--tokens {args.tokens}: must be at least 1")
     name = args.method or (values.pop("name", None) if values else None) or ("lora" if values else None)
     values = {k: v for k, v in values.items() if k != "name"}
     if args.matrix:
@@ -41,14 +46,17 @@ def run(args: argparse.Namespace) -> int:
         if not found:
             raise UserError(f"--matrix {args.matrix}: expected DxK, as 300x300")
         d, k = map(int, found.groups())
+        if not d * k:
+            raise UserError(f"--matrix {args.matrix}: both sides must be at least 1")
+        if name not in (None, "lora"):
+            raise UserError(f"--matrix counts LoRA, not {name}")
         rank = make("lora", **values).rank
         count = lora_parameters(k, d, rank)
         emit(args, {"d": d, "k": k, "rank": rank, "full": d * k, "lora": count},
-             f"a {d} x {k} matrix has {d * k:,} parameters; LoRA of rank {rank} trains d*r + r*k = {count:,} ({count / (d * k):.2%})")
+             f"a {d} x {k} matrix has {d * k:,} parameters; LoRA of rank {rank} trains d*r + r*k = {count:,} "
+             f"({count / (d * k):.2%})")
         return 0
-    if args.dtype not in (None, "auto", *DTYPES):
-        raise UserError(f"--dtype {args.dtype}: allowed: auto, {', '.join(DTYPES)}")
-    width = 4 if args.dtype == "fp32" else 2
+    width = compute_dtype(args.dtype or "auto", device_of(args.device or "auto")).itemsize
     plans = [plan(args.base or EMBEDDED, make(n, **(values if n == name else {})), tokens=args.tokens, width=width,
                   trust_remote_code=args.trust_remote_code) for n in ([name] if name else METHODS)]
     gb = 1 << 30

@@ -35,14 +35,16 @@ def add(commands) -> None:
     p.add_argument("--prompt", help="for a table: the prompt as a template over its columns, as 'Review: {sentence}'")
     p.add_argument("--completion", help="for a table: the answer as a template, as ' {label}'")
     p.add_argument("--labels", metavar="V=WORD,...", help="words for a column's values, as 0=negative,1=positive")
-    for flag, text in (("max-rows", "use so many rows"), ("epochs", "passes over the rows (1)"), ("steps", "optimizer steps, instead of epochs"),
+    for flag, text in (("max-rows", "use so many rows"), ("epochs", "passes over the rows (1)"),
+                       ("steps", "optimizer steps, instead of epochs"),
                        ("lr", "peak learning rate (default: the method's)"), ("batch-size", "rows of one step (16)"),
                        ("max-length", "longest row in tokens (512)"), ("seed", "everything random is drawn from it (0)"),
                        ("eval-steps", "evaluate every so many steps"), ("save-steps", "a checkpoint every so many steps"),
                        ("metric", "auto, exact, choice, bleu or loss"), ("adapter-name", "name of the adapter (default)")):
         p.add_argument(f"--{flag}", help=text)
     p.add_argument("--config", metavar="FILE", help="a YAML file of the same keys; flags win over it")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, as train.warmup=0.1; may be given again")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                   help="any key, as train.warmup=0.1; may be given again")
     common(p)
     p.set_defaults(run=run, parser=p)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 
 import torch
 
@@ -58,16 +58,12 @@ def step_rows(n: int, batch_size: int, seed: int, step: int) -> list[int]:
     """The rows of optimizer step `step` (from 0), the same after any interruption."""
     per_epoch = -(-n // batch_size)
     epoch, place = divmod(step, per_epoch)
-    return _order(n, seed, epoch)[place * batch_size:(place + 1) * batch_size]
+    return list(_order(n, seed, epoch)[place * batch_size:(place + 1) * batch_size])
 
 
-@cache
-def _order_cached(n: int, seed: int, epoch: int) -> tuple[int, ...]:
+@lru_cache(maxsize=2)                                   # one epoch is asked for step after step
+def _order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(epoch_order(n, seed, epoch))
-
-
-def _order(n: int, seed: int, epoch: int) -> list[int]:
-    return list(_order_cached(n, seed, epoch))
 
 
 def micro_batches(lengths: Sequence[int], rows: Sequence[int], layout: str, max_tokens: int) -> list[list[list[int]]]:

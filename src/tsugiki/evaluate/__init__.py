@@ -1,0 +1,1 @@
+"""Scores and answers of a model, the base alone or with adapters."""

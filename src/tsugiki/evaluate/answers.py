@@ -1,32 +1,63 @@
 """Greedy answers to many prompts: batches of like length, left-padded, each stopping at the trained stop token."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 
 from tsugiki.data.conversation import Conversation
 from tsugiki.data.render import Renderer
+from tsugiki.errors import UserError
+from tsugiki.load import max_positions
 
 
 @torch.no_grad()
 def generate_answers(model: nn.Module, renderer: Renderer, conversations: Sequence[Conversation], max_new_tokens: int,
                      batch_size: int, pad_id: int, progress: Callable[[int, int], None] | None = None) -> list[str]:
-    """One greedy answer a conversation, in order; rows that ask the same prompt are answered once."""
-    prompts = [tuple(renderer.prompt(c)) for c in conversations]
+    """One greedy answer a conversation, in order; rows that ask the same prompt are answered once.
+
+    Near the end of the model's positions an answer is shorter, whatever batch it is in. Raises UserError for a prompt
+    that leaves no room at all, and for one without a single token.
+    """
+    prompts = [tuple(ids) for ids in renderer.prompts(conversations)]
+    limit = room(model)
+    for prompt, c in zip(prompts, conversations, strict=True):
+        if not prompt:
+            raise UserError(f"{c.where}: the prompt is empty and the tokenizer adds no beginning: there is nothing to continue")
+        if limit and len(prompt) >= limit:
+            raise UserError(f"{c.where}: the prompt has {len(prompt)} tokens, the model takes {limit} with its answer")
     distinct = sorted(set(prompts), key=lambda p: (len(p), p))
     device = model.get_input_embeddings().weight.device
     answers: dict[tuple[int, ...], str] = {}
-    for start in range(0, len(distinct), batch_size):
-        rows = distinct[start:start + batch_size]
+    for rows in _batches(distinct, batch_size, (limit or 1 << 60) - max_new_tokens):
         width = max(map(len, rows))
+        new_tokens = min(max_new_tokens, (limit or 1 << 60) - width)
         ids = torch.tensor([[pad_id] * (width - len(r)) + list(r) for r in rows], device=device)            # (B, T)
         mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
-        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False,
                              eos_token_id=list(renderer.stop_ids), pad_token_id=pad_id)
         for row, new in zip(rows, out[:, width:].tolist(), strict=True):
             answers[row] = renderer.answer(new)
         if progress:
             progress(len(answers), len(distinct))
     return [answers[p] for p in prompts]
+
+
+def room(model: nn.Module) -> int | None:
+    """Positions for a prompt and its answer: the model's, less the most virtual tokens an attached adapter puts before them."""
+    limit, adapters = max_positions(model), getattr(model, "adapters", None)
+    virtual = max((count for count, _ in getattr(adapters, "virtual", {}).values()), default=0)
+    return limit - virtual if limit else None
+
+
+def _batches(prompts: Sequence[tuple[int, ...]], size: int, fits: int) -> Iterator[Sequence[tuple[int, ...]]]:
+    """Batches of sorted prompts; those longer than `fits`, whose answers may be cut short, only with their equals in length."""
+    start = 0
+    while start < len(prompts):
+        end = min(start + size, len(prompts))
+        if len(prompts[end - 1]) > fits:
+            longer = max(len(prompts[start]), fits)
+            end = next(n for n in range(end, start, -1) if len(prompts[n - 1]) <= longer)
+        yield prompts[start:end]
+        start = end

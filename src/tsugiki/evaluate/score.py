@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,26 +14,29 @@ from tsugiki.config import EvalConfig
 from tsugiki.data.batch import collate, micro_batches
 from tsugiki.data.conversation import Conversation, Message
 from tsugiki.data.render import Example, Renderer
-from tsugiki.errors import UserError
+from tsugiki.errors import RunError, UserError, nearest
 from tsugiki.evaluate.answers import generate_answers
 from tsugiki.train.loss import token_losses
 
 
 @dataclass(frozen=True)
 class Score:
-    """`value` of `metric` over n rows; `loss` in nats per supervised token; `interval` at 95 %, where one is defined."""
+    """`value` of `metric` over n rows; `loss` in nats per supervised token; `interval` at 95 %, where one is defined; `cut`
+    rows whose loss is of their first tokens only, or missing, since they are longer than the limit."""
     metric: str
     value: float
     n: int
     loss: float
     interval: tuple[float, float] | None = None
     answers: tuple[str, ...] = field(default=(), repr=False)
+    cut: int = 0
 
     def plain(self) -> dict:
         """What `eval --json` prints: the metric under its own name, n, interval, loss, perplexity."""
         found = {"metric": self.metric, self.metric: self.value, "n": self.n, "loss": self.loss,
                  "perplexity": math.exp(min(self.loss, 700.0))}
-        return found | ({"interval": list(self.interval)} if self.interval else {})
+        found |= {"interval": list(self.interval)} if self.interval else {}
+        return found | ({"cut": self.cut} if self.cut else {})
 
     def better_than(self, other: float) -> bool:
         return self.value < other if self.metric == "loss" else self.value > other
@@ -75,28 +79,34 @@ def pick_metric(conversations: Sequence[Conversation], choices: Sequence[str]) -
 
 def evaluate(model: nn.Module, renderer: Renderer, conversations: Sequence[Conversation], cfg: EvalConfig, pad_id: int,
              max_length: int, progress: Callable[[int, int], None] | None = None) -> Score:
-    """Score `model` as it is routed now. Draws no random number, keeps no gradient, leaves no mode changed."""
+    """Score `model` as it is routed now. Draws no random number, keeps no gradient, leaves no mode changed.
+
+    Raises UserError for rows that cannot be scored as asked, RunError when a loss is not finite.
+    """
     conversations = conversations[:cfg.max_rows]
     if not conversations:
         raise UserError("nothing to evaluate: no held-out rows (data.eval or data.holdout)")
     was_training = model.training
     model.eval()
     try:
-        examples, _ = renderer.examples(conversations, max_length)
+        examples, report = renderer.examples(conversations, max_length)
         sums, counts = row_losses(model, examples, pad_id, progress=progress)
-        loss = float(sums.sum() / counts.sum())
+        loss, cut = float(sums.sum() / counts.sum()), report.cut
+        if not math.isfinite(loss):
+            bad = [e.where for e, s in zip(examples, sums.tolist(), strict=True) if not math.isfinite(s)]
+            raise RunError(f"the loss is not finite in {len(bad)} held-out rows, first {bad[0] if bad else examples[0].where}")
         metric = pick_metric(conversations, cfg.choices) if cfg.metric == "auto" else cfg.metric
         if metric == "loss":
-            return Score("loss", loss, len(examples), loss)
+            return Score("loss", loss, len(examples), loss, cut=cut)
         if metric == "choice":
             hits, answers = _choice(model, renderer, conversations, cfg.choices, pad_id, max_length, progress)
         else:
             answers = generate_answers(model, renderer, conversations, cfg.max_new_tokens, cfg.batch_size, pad_id, progress)
             if metric == "bleu":
-                return Score("bleu", bleu(conversations, answers), len(conversations), loss, None, tuple(answers))
+                return Score("bleu", bleu(conversations, answers), len(conversations), loss, None, tuple(answers), cut)
             hits = sum(a.strip() == c.reference.strip() for a, c in zip(answers, conversations, strict=True))
         n = len(conversations)
-        return Score("accuracy", hits / n, n, loss, wilson(hits, n), tuple(answers))
+        return Score("accuracy", hits / n, n, loss, wilson(hits, n), tuple(answers), cut)
     finally:
         model.train(was_training)
 
@@ -106,11 +116,18 @@ def _choice(model, renderer, conversations, choices, pad_id, max_length, progres
     given = {c.strip(): c for c in choices}
     seen = {c.reference.strip(): c.reference for c in conversations}
     options = [seen.get(key, given.get(key)) for key in sorted(given or seen)]
-    variants = [replace(c, messages=(*c.messages[:-1], Message("assistant", option)), where=f"{i}/{j}")
-                for i, c in enumerate(conversations) for j, option in enumerate(options)]
-    examples, report = renderer.examples(variants, max_length)
-    if report.cut or len(examples) < len(variants):
-        raise UserError(f"a prompt is longer than {max_length} tokens, so its choices cannot be compared; raise train.max_length")
+    if len(options) < 2:
+        raise UserError(f"metric choice needs at least two different answers, there is {len(options)}; name them with eval.choices")
+    for c in conversations:
+        if given and c.reference.strip() not in given:
+            raise UserError(f"{c.where}: the answer {c.reference.strip()[:60]!r} is not among the choices: {', '.join(given)[:120]}"
+                            f"{nearest(c.reference.strip(), given)}")
+    variants = [replace(c, messages=(*c.messages[:-1], Message("assistant", option))) for c in conversations for option in options]
+    last = copy(renderer)                                   # earlier turns are the same for every choice
+    last.train_on = "last"
+    examples, report = last.examples(variants, max_length)
+    if report.cut or len(examples) != len(variants):
+        raise UserError(f"a prompt is longer than {max_length} tokens, so its choices cannot be compared; raise the max length")
     sums, _ = row_losses(model, examples, pad_id, progress=progress)
     best = sums.view(len(conversations), len(options)).argmin(1).tolist()
     answers = [options[b].strip() for b in best]

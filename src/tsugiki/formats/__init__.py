@@ -35,7 +35,7 @@ def save(adapter: Adapter, path: str | Path, *, stop_ids: Iterable[int] = (), ba
     stop_ids: token ids that end an answer; base: where the base came from; extra: any JSON object to keep with it.
     Raises UserError for tensors that are not finite, and for a folder that holds other things.
     """
-    from . import native, peft                        # they know adapters; adapters know only this module
+    from . import native, peft  # they know adapters; adapters know only this module
     folder = Path(path)
     config, tensors = peft.write(adapter, base) if peft.writable(adapter) else native.write(adapter)
     data, packed = to_json(config), pack_tensors(tensors, folder / TENSORS)
@@ -67,6 +67,7 @@ def load(adapters: Adapters, name: str, path: str | Path, *, check_base: bool = 
             raise UserError(f"{folder / MANIFEST}: no such file, and {CONFIG} has no peft_type: not an adapter that can be checked")
         return native.read(adapters, name, native.read_config(config, config_path), tensors, file)
     cls, values = peft.read_config(config, config_path)
+    tensors = peft.without_copies(adapters, tensors, file)
     if not cls.peft.virtual:
         values["targets"] = peft.targets_of(adapters, cls, config, tensors, config_path, file)
     if manifest is not None:                          # it knows the settings PEFT has no field for

@@ -65,7 +65,8 @@ def fill(adapter: Adapter, keys: dict[str, str], tensors: dict[str, Tensor], pat
             raise UserError(f"{path}: tensor {theirs} belongs to no site of this adapter")
     for ours, theirs in keys.items():
         if tensors[theirs].shape != params[ours].shape:
-            raise UserError(f"{path}: tensor {theirs} has shape {tuple(tensors[theirs].shape)}, expected {tuple(params[ours].shape)}")
+            raise UserError(f"{path}: tensor {theirs} has shape {tuple(tensors[theirs].shape)}, "
+                            f"expected {tuple(params[ours].shape)}")
     for ours, theirs in keys.items():
         assign(params[ours], tensors[theirs])
 

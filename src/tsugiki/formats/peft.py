@@ -146,6 +146,18 @@ def targets_of(adapters: Adapters, cls: type[Config], config: dict[str, Any], te
     return _shortest(adapters, {by_module[m].name for m in modules})
 
 
+def without_copies(adapters: Adapters, tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """PEFT stores the base's own embedding or head beside an adapter of it: equal copies say nothing, others are refused."""
+    base, left = adapters.model.state_dict(), {}
+    for name, tensor in tensors.items():
+        own = base.get(name.removeprefix(PREFIX).replace(".base_layer.", "."))
+        if own is None:
+            left[name] = tensor
+        elif own.shape != tensor.shape or not torch.equal(own.to("cpu", tensor.dtype), tensor):
+            raise UserError(f"{file}: tensor {name} is not the base's own; trained embeddings or heads are not supported")
+    return left
+
+
 def _targeted(adapters: Adapters, config: dict[str, Any], path: Path) -> set[str]:
     targets, names = config.get("target_modules"), _names(adapters.model)
     if isinstance(targets, str) and targets.lower() == "all-linear":
@@ -153,6 +165,8 @@ def _targeted(adapters: Adapters, config: dict[str, Any], path: Path) -> set[str
         return {n for n, m in names.items() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
     if not targets or not (isinstance(targets, str) or (isinstance(targets, list) and all(isinstance(t, str) for t in targets))):
         raise UserError(f"{path}: target_modules: must be a text or a list of texts, got {str(targets)[:60]!r}")
+    if isinstance(targets, str) and (len(targets) > 2000 or re.search(r"\([^()]*[+*}][^()]*\)[+*{]", targets)):
+        raise UserError(f"{path}: target_modules: {targets[:60]!r} repeats what repeats, which can take forever to match")
     try:
         found = {n for n in names if _matches(targets, n)}
     except re.error as e:
@@ -197,8 +211,9 @@ def _fill_table(adapter: Adapter, config: dict[str, Any], tensors: dict[str, Ten
         raise UserError(f"{file}: tensor {extra[0]} is not expected" if extra else f"{file}: tensor {TABLE} is missing")
     if not writable(adapter):
         raise UserError(f"{path}: peft_type: this base's cache repeats its keys, so PEFT's table does not fit its own keys")
-    if tensors[TABLE].shape != (adapter.cfg.tokens, sum(widths)):
-        raise UserError(f"{file}: tensor {TABLE} has shape {tuple(tensors[TABLE].shape)}, expected {(adapter.cfg.tokens, sum(widths))}")
+    expected = (adapter.cfg.tokens, sum(widths))
+    if tensors[TABLE].shape != expected:
+        raise UserError(f"{file}: tensor {TABLE} has shape {tuple(tensors[TABLE].shape)}, expected {expected}")
     for key, value in _shape_of(adapter, [s for s, _ in adapter.edits.values()]).items():
         if config.get(key) not in (None, value):
             raise UserError(f"{path}: {key}: is {config[key]!r}, this base needs {value}")

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tsugiki.errors import RunError
+
 NAME = re.compile(r"step-(\d{8})")
 
 
@@ -33,8 +35,7 @@ def save(root: Path, step: int, params: dict[str, nn.Parameter], optimizer: torc
     """
     final, temporary = root / f"step-{step:08d}", root / f".tmp-{step:08d}-{os.getpid()}"
     root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    clean(root)
     temporary.mkdir()
     try:
         save_file({n: p.detach().contiguous() for n, p in params.items()}, temporary / "params.safetensors")
@@ -57,6 +58,12 @@ def save(root: Path, step: int, params: dict[str, nn.Parameter], optimizer: torc
         raise
     prune(root, keep)
     return final
+
+
+def clean(root: Path) -> None:
+    """Take away what a kill inside a save or a pruning left."""
+    for leftover in root.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def prune(root: Path, keep: int) -> None:
@@ -101,7 +108,7 @@ def restore(checkpoint: Checkpoint, params: dict[str, nn.Parameter], optimizer: 
     """Put the saved bits back into params and optimizer; returns the best parameters so far ({} if none)."""
     saved = load_file(checkpoint.path / "params.safetensors")
     if saved.keys() != params.keys():
-        raise ValueError(f"{checkpoint.path}: holds other tensors than this run trains")
+        raise RunError(f"{checkpoint.path}: holds other tensors than this run trains; delete it or choose another --out")
     with torch.no_grad():
         for name, p in params.items():
             p.copy_(saved[name])

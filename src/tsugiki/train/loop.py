@@ -34,7 +34,8 @@ class Interrupted(RunError):
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained on what. `route` gives the forward its adapter and its dropout keys, from (batch, step)."""
+    """What is trained on what. `route` gives the forward its adapter and its dropout keys, from (batch, step).
+    `untrained` routes the model as it was before any training, for the scores and samples of before."""
     model: nn.Module
     params: dict[str, nn.Parameter]
     examples: Sequence[Example]
@@ -44,6 +45,7 @@ class Job:
     layout: str
     route: Callable[[Batch, int], dict] = lambda batch, step: {}
     evaluate: Callable[[], Score] | None = None
+    untrained: Callable[[], AbstractContextManager] = nullcontext
     autocast: Callable[[], AbstractContextManager] = nullcontext
 
     @property
@@ -74,83 +76,101 @@ def fit(job: Job, out: Path, *, quiet: bool = False, say: Callable[[str], None] 
     Leaves the trained weights in `job.params` (the best evaluated ones with cfg.keep = "best").
     Raises RunError on a non-finite step, Interrupted after SIGINT or SIGTERM (saved, to be resumed).
     """
-    cfg, root = job.cfg, out / "checkpoints"
-    optimizer = adamw(job.params.values(), job.lr, cfg.weight_decay, cfg.beta2)
-    best: dict[str, torch.Tensor] = {}
-    found = checkpoints.newest(root, say)
-    progress = Progress(**found.state) if found else Progress()
-    if found:
-        best = checkpoints.restore(found, job.params, optimizer)
-        if progress.step < job.steps and not progress.stopped:
-            say(f"going on from step {progress.step} of {job.steps}")
-    metrics = MetricsFile(out / "metrics.jsonl", progress.offset)
-
-    def save() -> None:
-        progress.offset = metrics.sync()
-        checkpoints.save(root, progress.step, job.params, optimizer, vars(progress), cfg.save_keep, best)
-
-    def score(now: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Evaluate; returns the best parameters so far."""
-        result = job.evaluate()
-        metrics.write(step=progress.step, eval=result.plain())
-        progress.after = result.plain()
-        if progress.best is None or result.better_than(progress.best):
-            progress.best, progress.best_step, progress.stale = result.value, progress.step, 0
-            return {n: p.detach().clone() for n, p in job.params.items()} if cfg.keep == "best" or cfg.patience else {}
-        progress.stale += 1
-        if cfg.patience and progress.stale >= cfg.patience:
-            progress.stopped = f"no better {result.metric} in {cfg.patience} evaluations"
-        return now
-
-    if not found:
-        if samples:
-            progress.samples = samples()
-        if job.evaluate:
-            best = score(best)
-            progress.before, progress.after = progress.after, {}
-    saved_at, evaluated = time.monotonic(), progress.step
+    run, cfg = _Run(job, out, say), job.cfg
+    progress = run.progress
+    if not run.resumed:
+        with job.untrained():
+            if samples:
+                progress.samples = samples()
+            if job.evaluate:
+                run.score()
+                progress.before, progress.after = progress.after, {}
+                progress.best, run.best = None, {}      # that was the base's score, not that of the parameters at hand
+    saved_at = time.monotonic()
     with _signals() as caught, Bar("train", job.steps, progress.step, quiet) as bar:
         while progress.step < job.steps and not progress.stopped:
-            began = time.monotonic()
-            _one_step(job, optimizer, progress, metrics, bar, began)
+            run.step(bar)
             last = progress.step == job.steps
             if job.evaluate and (last or cfg.eval_steps and progress.step % cfg.eval_steps == 0):
-                best, evaluated = score(best), progress.step
+                run.score()
             due = progress.step % cfg.save_steps == 0 if cfg.save_steps else time.monotonic() - saved_at > 60
             if due or last or caught or progress.stopped:
-                save()
+                run.save()
                 saved_at = time.monotonic()
             if caught and not last:
                 raise Interrupted(f"stopped by {signal.Signals(caught[0]).name} at step {progress.step} of {job.steps}, "
                                   "saved; the same command goes on from here", caught[0])
-    if (cfg.keep == "best" or progress.stopped) and best:
-        with torch.no_grad():
-            for name, p in job.params.items():
-                p.copy_(best[name])
-        if job.evaluate and evaluated != progress.best_step:
-            progress.after = job.evaluate().plain()
+    run.take_best()
     return progress
 
 
-def _one_step(job: Job, optimizer, progress: Progress, metrics: MetricsFile, bar: Bar, began: float) -> None:
-    """Rows -> micro-batches -> update -> log."""
-    cfg, step = job.cfg, progress.step
-    rows = step_rows(len(job.examples), cfg.batch_size, cfg.seed, step)
-    lengths = {i: len(job.examples[i].ids) for i in rows}
-    cuts = micro_batches(lengths, rows, job.layout, max(cfg.max_tokens, cfg.max_length))
-    device = next(iter(job.params.values())).device
-    batches = [collate(job.examples, cut, job.pad_id).to(device) for cut in cuts]
-    lr = job.lr * schedule(cfg.schedule, step, job.steps, cfg.warmup)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    result = train_step(job.model, batches, job.params, optimizer, clip=cfg.clip, step=step + 1,
-                        where=lambda i: job.examples[i].where, route=lambda b: job.route(b, step), autocast=job.autocast)
-    took = time.monotonic() - began
-    progress.step, progress.tokens, progress.seconds = step + 1, progress.tokens + result.tokens, progress.seconds + took
-    if progress.step % cfg.log_steps == 0 or progress.step in (1, job.steps):
-        metrics.write(step=progress.step, loss=result.loss, lr=lr, norm=result.norm, supervised=result.supervised,
-                      tokens=progress.tokens, tokens_per_second=round(result.tokens / took, 1), seconds=round(progress.seconds, 3))
-    bar.update(progress.step, f"loss {result.loss:.3f}  {progress.tokens / max(progress.seconds, 1e-9):,.0f} tok/s")
+class _Run:
+    """The state of one run between two steps, all of it in memory or in the last checkpoint."""
+
+    def __init__(self, job: Job, out: Path, say: Callable[[str], None]):
+        self.job, self.root = job, out / "checkpoints"
+        self.optimizer = adamw(job.params.values(), job.lr, job.cfg.weight_decay, job.cfg.beta2)
+        checkpoints.clean(self.root)
+        found = checkpoints.newest(self.root, say)
+        self.resumed = found is not None
+        self.progress = Progress(**found.state) if found else Progress()
+        self.best = checkpoints.restore(found, job.params, self.optimizer) if found else {}
+        if found:
+            unfinished = self.progress.step < job.steps and not self.progress.stopped
+            say(f"going on from step {self.progress.step} of {job.steps}" if unfinished
+                else f"this run is finished ({self.progress.step} steps); nothing is trained again")
+        self.metrics = MetricsFile(out / "metrics.jsonl", self.progress.offset)
+
+    def save(self) -> None:
+        self.progress.offset = self.metrics.sync()
+        checkpoints.save(self.root, self.progress.step, self.job.params, self.optimizer, vars(self.progress),
+                         self.job.cfg.save_keep, self.best)
+
+    def score(self) -> None:
+        """Evaluate; remember the best parameters if they are asked for, and stop when patience is out."""
+        cfg, progress, result = self.job.cfg, self.progress, self.job.evaluate()
+        progress.after = result.plain()
+        self.metrics.write(step=progress.step, eval=progress.after)
+        if progress.best is None or result.better_than(progress.best):
+            progress.best, progress.best_step, progress.stale = result.value, progress.step, 0
+            if cfg.keep == "best" or cfg.patience:
+                self.best = {n: p.detach().clone() for n, p in self.job.params.items()}
+            return
+        progress.stale += 1
+        if cfg.patience and progress.stale >= cfg.patience:
+            progress.stopped = f"no better {result.metric} in {cfg.patience} evaluations"
+
+    @torch.no_grad()
+    def take_best(self) -> None:
+        """Put the best evaluated parameters in place, if the run keeps those."""
+        if not self.best or not (self.job.cfg.keep == "best" or self.progress.stopped):
+            return
+        for name, p in self.job.params.items():
+            p.copy_(self.best[name])
+        if self.progress.best_step != self.progress.step:
+            self.progress.after = self.job.evaluate().plain()
+
+    def step(self, bar: Bar) -> None:
+        """Rows -> micro-batches -> update -> log. Nothing here depends on what happened before but the parameters."""
+        job, cfg, progress, began = self.job, self.job.cfg, self.progress, time.monotonic()
+        step = progress.step
+        rows = step_rows(len(job.examples), cfg.batch_size, cfg.seed, step)
+        lengths = {i: len(job.examples[i].ids) for i in rows}
+        cuts = micro_batches(lengths, rows, job.layout, max(cfg.max_tokens, cfg.max_length))
+        device = next(iter(job.params.values())).device
+        batches = [collate(job.examples, cut, job.pad_id).to(device) for cut in cuts]
+        lr = job.lr * schedule(cfg.schedule, step, job.steps, cfg.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        result = train_step(job.model, batches, job.params, self.optimizer, clip=cfg.clip, step=step + 1,
+                            where=lambda i: job.examples[i].where, route=lambda b: job.route(b, step), autocast=job.autocast)
+        took = time.monotonic() - began
+        progress.step, progress.tokens, progress.seconds = step + 1, progress.tokens + result.tokens, progress.seconds + took
+        if progress.step % cfg.log_steps == 0 or progress.step in (1, job.steps):
+            self.metrics.write(step=progress.step, loss=result.loss, lr=lr, norm=result.norm, supervised=result.supervised,
+                               tokens=progress.tokens, tokens_per_second=round(result.tokens / took, 1),
+                               seconds=round(progress.seconds, 3))
+        bar.update(progress.step, f"loss {result.loss:.3f}  {progress.tokens / max(progress.seconds, 1e-9):,.0f} tok/s")
 
 
 @contextmanager

@@ -14,10 +14,11 @@ from tsugiki.data.batch import IGNORE, Batch
 
 @contextmanager
 def _head_sees_only(model: nn.Module, rows: torch.Tensor, columns: torch.Tensor, width: int) -> Iterator[bool]:
-    """Give the output head just the hidden states at (rows, columns), as (1, N, D); yields whether it does.
+    """Give the output head just the hidden states at (rows, columns), as (N, 1, D); yields whether it does.
 
-    Columns count from the right end, so virtual tokens at the left change nothing. A head that adapters edit sees
-    every position, since their rows are told by their place in the batch.
+    Columns count from the right end, so virtual tokens at the left change nothing; one position a row, since outputs
+    longer than the text are taken for text with virtual tokens. A head that adapters edit sees every position, since
+    their rows are told by their place in the batch.
     """
     head = model.get_output_embeddings()
     if head is None or any(tap.posts or tap.pres for tap in getattr(head, "taps_out", [])):
@@ -26,7 +27,7 @@ def _head_sees_only(model: nn.Module, rows: torch.Tensor, columns: torch.Tensor,
 
     def select(module, args):
         hidden = args[0]                                                        # (B, P + T, D)
-        return (hidden[rows, columns + (hidden.shape[1] - width)].unsqueeze(0), *args[1:])
+        return (hidden[rows, columns + (hidden.shape[1] - width)].unsqueeze(1), *args[1:])
 
     handle = head.register_forward_pre_hook(select)
     try:
@@ -52,7 +53,7 @@ def token_losses(model: nn.Module, batch: Batch, **route: object) -> tuple[torch
         inputs["position_ids"] = batch.positions
     with _head_sees_only(model, rows, columns, batch.ids.shape[1]) as selected:
         logits = model(**inputs).logits
-    logits = logits[0] if selected else logits[rows, columns]                   # (N, V)
+    logits = logits[:, 0] if selected else logits[rows, columns]                   # (N, V)
     if logits.dtype != torch.float64:
         logits = logits.float()
     return F.cross_entropy(logits, batch.targets[rows, columns], reduction="none"), batch.samples[rows, columns]

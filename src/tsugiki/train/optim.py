@@ -7,8 +7,6 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-SCHEDULES = ("cosine", "linear", "constant")
-
 
 def adamw(params: Iterable[nn.Parameter], lr: float, weight_decay: float, beta2: float) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019), fused. Vectors (norms, biases, gates) are not decayed."""

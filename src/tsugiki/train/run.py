@@ -22,10 +22,10 @@ from tsugiki.config import RunConfig
 from tsugiki.data import Columns, Conversation, Renderer, duplicates, load_conversations, split
 from tsugiki.data.batch import stream_key
 from tsugiki.errors import UserError
-from tsugiki.evaluate.answers import generate_answers
+from tsugiki.evaluate.answers import generate_answers, room
 from tsugiki.evaluate.score import evaluate
 from tsugiki.formats.export import export_model
-from tsugiki.load import compute_dtype, max_positions, pad_id, stored_dtype
+from tsugiki.load import compute_dtype, pad_id, stored_dtype
 from tsugiki.memory import keep_freed_memory
 from tsugiki.methods import Full, make
 from tsugiki.route import token_keys
@@ -37,6 +37,7 @@ from tsugiki.train.report import write_report
 
 # Keys that may differ between a run and its resumption: they change what is kept or shown, never the weights.
 INERT = ("out", "device", "train.log_steps", "train.save_steps", "train.save_keep")
+TEMPORARY = "run.yaml.tmp"                            # left by a kill in the run's first moments
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Rows:
     train: list[Conversation]
     held_out: list[Conversation]
     fingerprint: str
+    template: str | None = None                       # text of data.template
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def read_rows(cfg: RunConfig, say: Callable[[str], None]) -> Rows:
     """Read, check and split the data of a run; says how many rows, and what stands on both sides of the split."""
     if not cfg.data.files:
         raise UserError("data.files: no training data; give --data FILE")
-    columns, data = columns_of(cfg), cfg.data
+    columns, data, template = columns_of(cfg), cfg.data, _template(cfg.data.template)
     rows = load_conversations(data.files, data.format, columns)
     if data.max_rows and data.max_rows < len(rows):
         generator = torch.Generator().manual_seed(stream_key(cfg.train.seed, "max_rows"))
@@ -92,26 +94,48 @@ def read_rows(cfg: RunConfig, say: Callable[[str], None]) -> Rows:
     say(f"{len(train):,} rows to train on" + (f", {len(held):,} held out" if held else ", none held out"))
     if held and (both := duplicates(train, held)):
         say(f"the held-out score is too good: {both}")
-    text = "\0".join(f"{c.kind}{[(m.role, m.content) for m in c.messages]}" for c in (*train, *held))
-    return Rows(train, held, hashlib.sha256(f"{len(train)}\0{text}".encode("utf-8", "surrogatepass")).hexdigest())
+    said = [f"{c.kind}{[(m.role, m.content, m.trained) for m in c.messages]}" for c in (*train, *held)]
+    text = "\0".join([*said, template or ""])
+    return Rows(train, held, hashlib.sha256(f"{len(train)}\0{text}".encode("utf-8", "surrogatepass")).hexdigest(), template)
+
+
+def _template(path: str | None) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8") if path else None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"data.template: {path}: {getattr(e, 'strerror', None) or 'is not UTF-8 text'}") from None
+
+
+def check_folder(out: Path, cfg: RunConfig, fingerprint: str) -> bool:
+    """Whether `out` holds this very run already; UserError when it holds another (naming the first difference) or other things."""
+    path = out / "run.yaml"
+    if not path.exists():
+        if out.exists() and (not out.is_dir() or any(p.name != TEMPORARY for p in out.iterdir())):
+            raise UserError(f"{out}: is not empty and holds no run; choose another --out")
+        return False
+    try:
+        old = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError):
+        old = None
+    if not isinstance(old, dict):
+        raise UserError(f"{path}: is damaged, so what this run was is not known; choose another --out or delete the folder")
+    for key, was, now in _differences(old, dataclasses.asdict(cfg) | {"data_sha256": fingerprint}):
+        if key not in INERT:
+            raise UserError(f"{out}: holds another run ({key} is {was!r} there, {now!r} here); choose another --out or delete it")
+    return True
 
 
 def claim(out: Path, cfg: RunConfig, fingerprint: str) -> None:
-    """Write run.yaml, or check that the run found in `out` is this one; UserError names the first difference."""
-    values = dataclasses.asdict(cfg) | {"data_sha256": fingerprint}
-    path = out / "run.yaml"
-    if path.exists():
-        old = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        for key, was, now in _differences(old, values):
-            if key not in INERT:
-                raise UserError(f"{out}: holds another run ({key} is {was!r} there, {now!r} here); choose another --out or delete it")
+    """Write run.yaml, everything resolved, unless the folder holds this run already."""
+    if check_folder(out, cfg, fingerprint):
         return
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: is not empty and holds no run; choose another --out")
+    path, values = out / "run.yaml", dataclasses.asdict(cfg) | {"data_sha256": fingerprint}
     out.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    os.replace(temporary, path)
+    with open(out / TEMPORARY, "w", encoding="utf-8") as f:
+        f.write(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(out / TEMPORARY, path)
 
 
 def _differences(old: dict, new: dict, prefix: str = ""):
@@ -130,32 +154,33 @@ def run(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, *, quiet: bool 
     keep_freed_memory()
     out, train = Path(cfg.out), cfg.train
     method = make(**cfg.method)
-    limit = min(train.max_length, max_positions(model) or train.max_length)
-    template = Path(cfg.data.template).read_text(encoding="utf-8") if cfg.data.template else None
-    renderer = Renderer(tokenizer, template=template, train_on=cfg.data.train_on, stop=cfg.data.stop)
-    examples, report = renderer.examples(rows.train, limit)
-    _say_report(report, limit, say)
-    claim(out, cfg, rows.fingerprint)
+    model.eval()                                      # a base's own dropout would draw from the global generator
     params, adapter = _trainable(model, method, cfg)
     _frozen_but(model, params)
     full = adapter is None
+    limit = min(train.max_length, room(model) or train.max_length)
+    renderer = Renderer(tokenizer, template=rows.template, train_on=cfg.data.train_on, stop=cfg.data.stop)
+    examples, report = renderer.examples(rows.train, limit)
+    _say_report(report, limit, say)
     scoring = None
     if rows.held_out:
         scoring = partial(evaluate, model, renderer, rows.held_out, cfg.eval, pad_id(tokenizer), limit)
     device = next(iter(params.values())).device
-    bf16 = next((p.dtype for p in model.parameters() if not p.requires_grad), None) == torch.bfloat16 or train.dtype == "bf16"
-    job = Job(model, params, examples, train, train.lr or method.lr, pad_id(tokenizer),
+    autocast = full and compute_dtype(train.dtype, device) == torch.bfloat16
+    base = nullcontext if full else partial(attach(model).use, None)
+    job = Job(model, params, examples, train, method.lr if train.lr is None else train.lr, pad_id(tokenizer),
               choose_layout(model, examples, train, virtual=bool(adapter and adapter.virtual)),
               route=_route(cfg, adapter), evaluate=scoring,
-              autocast=partial(torch.autocast, device.type, torch.bfloat16) if full and _wants_bf16(train, device) else nullcontext)
+              untrained=base, autocast=partial(torch.autocast, device.type, torch.bfloat16) if autocast else nullcontext)
     if train.compile:
         for layer in find(model, family_of(model).layers, "layers"):
             layer.compile()
     trainable, total = sum(p.numel() for p in params.values()), _count(model, params, full)
     say(f"{type(method).name}: {trainable:,} of {total:,} parameters trained ({trainable / total:.2%}), {job.steps} steps, "
-        f"{'bf16' if bf16 else 'fp32'} on {device.type}, layout {job.layout}")
+        f"{'bf16' if autocast else str(model.dtype)[6:]} on {device.type}, layout {job.layout}")
     picked = rows.held_out[:3] if any(c.kind != "text" for c in rows.held_out[:3]) else []
     answers = partial(generate_answers, model, renderer, picked, cfg.eval.max_new_tokens, 8, pad_id(tokenizer)) if picked else None
+    claim(out, cfg, rows.fingerprint)                 # from here on the folder is this run's
     progress = fit(job, out, quiet=quiet, say=say,
                    samples=(lambda: [{"before": a} for a in answers()]) if answers else None)
     saved = _save(model, tokenizer, adapter, cfg, renderer, rows.train[0].kind)
@@ -178,20 +203,17 @@ def _say_report(report, limit: int, say: Callable[[str], None]) -> None:
         say(f"{report.split:,} conversations were split into one row a turn: their turns do not continue each other's tokens")
 
 
-def _wants_bf16(train, device: torch.device) -> bool:
-    return compute_dtype(train.dtype, device) == torch.bfloat16
-
-
 def _trainable(model: nn.Module, method, cfg: RunConfig):
     """(parameters by name, the adapter or None): full fine-tuning trains the base's own, in float32."""
     if isinstance(method, Full):
-        params = method.select(model)
-        for p in params.values():
-            if p.dtype in (torch.bfloat16, torch.float16):
-                p.data = p.data.float()
-        return params, None
+        if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
+            model.float()
+        return method.select(model), None
     adapters = attach(model)
-    adapter = adapters.get(cfg.adapter) if cfg.adapter in adapters.names() else adapters.add(cfg.adapter, method, seed=cfg.train.seed)
+    there = cfg.adapter in adapters.names()
+    adapter = adapters.get(cfg.adapter) if there else adapters.add(cfg.adapter, method, seed=cfg.train.seed)
+    if not adapter.parameters():
+        raise UserError(f"method.name: {method.name} with these settings has nothing to train on this model")
     adapters.active = (cfg.adapter,)
     return adapter.parameters(), adapter
 
@@ -221,10 +243,12 @@ def _save(model, tokenizer, adapter, cfg: RunConfig, renderer: Renderer, kind: s
     out = Path(cfg.out)
     if adapter is not None:
         note = {"kind": kind} | ({"template": renderer.template} if cfg.data.template else {})
+        note |= {"stop": cfg.data.stop} if cfg.data.stop else {}
         formats.save(adapter, out / "adapter", stop_ids=renderer.stop_ids, base=cfg.base, extra=note)
         return out / "adapter"
     dtype = stored_dtype(cfg.base) if cfg.base else torch.float32
-    return export_model(model, tokenizer, out / "model", dtype=dtype, stop_ids=renderer.stop_ids)
+    return export_model(model, tokenizer, out / "model", dtype=dtype, stop_ids=renderer.stop_ids,
+                        template=renderer.template if kind == "chat" else None)
 
 
 def _report(result: Result, cfg: RunConfig, params: dict[str, nn.Parameter], samples: Sequence[dict], method: str) -> dict:

@@ -33,6 +33,8 @@ def train_step(model: nn.Module, batches: Sequence[Batch], params: dict[str, nn.
     Raises RunError before the update when a loss or gradient is not finite, naming the step and the rows.
     """
     count = sum(batch.supervised for batch in batches)
+    if not count:
+        raise RunError(f"step {step}: no token of {_names(_rows(batches), where)} is trained, so there is nothing to learn from")
     total = 0.0
     for batch in batches:
         if not batch.supervised:
@@ -50,9 +52,8 @@ def train_step(model: nn.Module, batches: Sequence[Batch], params: dict[str, nn.
     norm = grad_norm(params.values())
     if not torch.isfinite(norm):
         name = next((n for n, p in params.items() if p.grad is not None and not torch.isfinite(p.grad).all()), "their sum")
-        rows = sorted({int(r) for batch in batches for r in batch.samples.unique() if r >= 0})
         optimizer.zero_grad(set_to_none=True)
-        raise RunError(f"step {step}: the gradient of {name} is not finite, from {_names(rows, where)}; "
+        raise RunError(f"step {step}: the gradient of {name} is not finite, from {_names(_rows(batches), where)}; "
                        "nothing was updated, the last checkpoint is good")
     if clip and norm > clip:
         scale = clip / norm
@@ -65,6 +66,10 @@ def train_step(model: nn.Module, batches: Sequence[Batch], params: dict[str, nn.
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(total / count, count, sum(b.tokens for b in batches), float(norm))
+
+
+def _rows(batches: Sequence[Batch]) -> list[int]:
+    return sorted({int(r) for batch in batches for r in batch.samples.unique() if r >= 0})
 
 
 def _names(rows: Sequence[int], where: Callable[[int], str]) -> str:

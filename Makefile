@@ -1,0 +1,40 @@
+# Everything a clone needs: Python >= 3.11, make, and a package index. Each target makes .venv itself, once.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+WORKERS ?= 2
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint bench docs clean
+
+help:           ## this list
+	@sed -n 's/^\([a-z]*\): *[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+install: $(READY)  ## make .venv with the pinned versions and this package in it
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name yours: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## fine-tune the embedded model on the embedded tasks, score it before and after, merge it
+	$(BIN)/tsugiki demo --again
+
+test: lint      ## the linter, then every test: offline, one thread a worker, WORKERS=2
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --durations=15 $(ARGS)
+
+lint: $(READY)  ## ruff
+	$(BIN)/ruff check .
+
+bench: $(READY)  ## how much faster a training step is when freed memory is kept
+	$(BIN)/python benchmarks/malloc.py
+
+docs: $(READY)  ## write docs/configuration.md anew from the code
+	$(BIN)/python scripts/make_docs.py
+
+clean:          ## remove caches and build products; .venv and runs stay
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests scripts benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

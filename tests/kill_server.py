@@ -1,0 +1,105 @@
+"""A fork server: imports once, then trains in forked children that it kills with SIGKILL, and compares what they leave.
+
+Usage: kill_server.py FOLDER RUNS. Prints one JSON line: runs, kills, in_saves (kills inside a checkpoint's save), identical.
+"""
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "src"), str(Path(__file__).parent)]
+
+from kit import config, go, left, llama  # noqa: E402
+
+from tsugiki.train import checkpoint  # noqa: E402
+
+SETTINGS = {"method": "lora+dropout", "steps": 16, "save_steps": 1, "save_keep": 2, "batch_size": 4}
+
+
+def train(out: Path, pipe: int) -> None:
+    """In a child: the run, with a byte on the pipe as each save starts and ends."""
+    plain = checkpoint.save
+
+    def save(*args, **kwargs):
+        os.write(pipe, b"[")
+        plain(*args, **kwargs)
+        os.write(pipe, b"]")
+    checkpoint.save = save
+    go(config(out, **SETTINGS), MODEL)
+
+
+def child(out: Path) -> tuple[int, int]:
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.close(read)
+            train(out, write)
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(write)
+    return pid, read
+
+
+def finish(out: Path) -> tuple[float, float]:
+    """Run to the end; (seconds in all, seconds of one save)."""
+    began = time.monotonic()
+    pid, read = child(out)
+    stamps = []
+    while os.read(read, 1):
+        stamps.append(time.monotonic())
+    os.close(read)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, f"the run in {out} failed"
+    saves = [b - a for a, b in zip(stamps[::2], stamps[1::2], strict=False)]
+    return time.monotonic() - began, sum(saves) / max(len(saves), 1)
+
+
+def kill_once(out: Path, rng: random.Random, aimed: bool, total: float, save: float) -> str:
+    """Start a child and kill it: somewhere, or inside one of its saves. "done" when it was faster."""
+    pid, read = child(out)
+    seen = b""
+    if aimed:
+        for _ in range(rng.randint(1, 5)):
+            while (byte := os.read(read, 1)) and byte != b"[":
+                pass
+            seen = byte
+        time.sleep(rng.random() * save)
+    else:
+        time.sleep(rng.random() * total)
+    os.kill(pid, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    while chunk := os.read(read, 4096):
+        seen += chunk
+    os.close(read)
+    return "done" if code == 0 else "in a save" if seen.endswith(b"[") else "between saves"
+
+
+def main(folder: Path, runs: int) -> None:
+    rng = random.Random()
+    total, save = finish(folder / "whole")
+    want = left(folder / "whole")
+    found = {"runs": runs, "kills": 0, "in_saves": 0, "identical": 0, "seconds": round(total, 2), "save": round(save, 4)}
+    for n in range(runs):
+        out = folder / f"run-{n}"
+        for k in range(rng.randint(3, 6)):
+            how = kill_once(out, rng, (n + k) % 2 == 0, total, save)
+            found["kills"] += how != "done"
+            found["in_saves"] += how == "in a save"
+            if how == "done":
+                break
+        finish(out)
+        strangers = [p.name for p in (out / "checkpoints").iterdir() if not p.name.startswith("step-")]
+        found["identical"] += left(out) == want and not strangers and not list(out.glob("*.tmp")) and not list(out.glob(".*"))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    MODEL = llama()
+    main(Path(sys.argv[1]), int(sys.argv[2]))
