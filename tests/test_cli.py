@@ -300,8 +300,8 @@ def test_a_merged_folder_is_plain_transformers_and_keeps_the_chat_template_it_wa
 
 
 def test_chat_talks_and_switches_and_survives_mistakes(call, base, adapter, monkeypatch, tmp_path):
-    typed = iter(["/help", "", "one and", "/adapter nobody", "/adapter none", "two and", "/adapter mine", "/system be brief", "/reset",
-                  "/what", "so " * 900, "/quit"])
+    typed = iter(["/help", "", "one and", "/adapter nobody", "/adapter none", "two and", "/adapter mine", "/system be brief",
+                  "/reset", "/what", "so " * 900, "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     code, out, _ = call("chat", "--base", base, "--adapter", f"mine={adapter}", "--max-new-tokens", "3")
     assert code == 0 and "adapters: mine; now mine" in out and "no adapter 'nobody'" in out and "now the base alone" in out

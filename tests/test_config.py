@@ -135,7 +135,8 @@ def test_a_yaml_file_that_is_not_there_or_not_text(tmp_path):
 
 def test_flags_a_yaml_file_and_set_are_the_same_keys_the_later_winning(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("train: {lr: 1e-4, epochs: 3, seed: 5}\nmethod: {name: lora, rank: 2}\ndata: {files: [a.jsonl], holdout: 0.2}\n")
+    path.write_text("train: {lr: 1e-4, epochs: 3, seed: 5}\nmethod: {name: lora, rank: 2}\n"
+                    "data: {files: [a.jsonl], holdout: 0.2}\n")
     cfg = of("--config", str(path), "--lr", "2e-4", "--set", "train.seed=7", "--set", "method.rank=16", "--eval-steps", "5")
     assert (cfg.train.lr, cfg.train.epochs, cfg.train.seed, cfg.train.eval_steps) == (2e-4, 3.0, 7, 5)
     assert cfg.method == {"name": "lora", "rank": 16} and cfg.data.files == ["a.jsonl"]

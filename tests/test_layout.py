@@ -23,6 +23,7 @@ UNITS = {
 GRAPH: dict[str, set[str]] = {
     "errors": set(),
     "memory": set(),
+    "load": {"errors"},
     "weights": {"errors"},
     "sites": {"errors", "weights"},
     "core": {"errors", "sites", "weights"},
@@ -30,7 +31,6 @@ GRAPH: dict[str, set[str]] = {
     "methods": {"core", "errors", "formats.spec", "sites"},
     "formats": {"core", "errors", "load", "methods", "sites"},
     "data": {"errors"},
-    "load": {"errors"},
     "plan": {"core", "errors", "load", "methods", "sites"},
     "config": {"data", "errors"},
     "train.loss": {"data"},                           # the trainer's and the evaluator's

@@ -136,7 +136,8 @@ def _typed(value, hint, name: str):
             return {str(k): v for k, v in value.items()}
         for part in (part for pair in value.items() for part in pair):
             if isinstance(part, bool) or not isinstance(part, (str, int, float)):
-                raise UserError(f"{name}: expected texts, found {_shown(part)}; quote it (YAML reads yes, no, on, off as true, false)")
+                raise UserError(f"{name}: expected texts, found {_shown(part)}; "
+                                "quote it (YAML reads yes, no, on, off as true, false)")
         return {str(k): str(v) for k, v in value.items()}
     if origin is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)

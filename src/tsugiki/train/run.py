@@ -94,8 +94,8 @@ def read_rows(cfg: RunConfig, say: Callable[[str], None]) -> Rows:
     say(f"{len(train):,} rows to train on" + (f", {len(held):,} held out" if held else ", none held out"))
     if held and (both := duplicates(train, held)):
         say(f"the held-out score is too good: {both}")
-    said = [f"{c.kind}{[(m.role, m.content, m.trained) for m in c.messages]}" for c in (*train, *held)]
-    text = "\0".join([*said, template or ""])
+    said = [f"{c.kind}{[(m.role, m.content) if m.trained else (m.role, m.content, 0) for m in c.messages]}" for c in (*train, *held)]
+    text = "\0".join([*said, *([template] if template else [])])
     return Rows(train, held, hashlib.sha256(f"{len(train)}\0{text}".encode("utf-8", "surrogatepass")).hexdigest(), template)
 
 
