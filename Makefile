@@ -27,7 +27,7 @@ test: lint      ## the linter, then every test: offline, one thread a worker, WO
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --durations=15 $(ARGS)
 
 lint: $(READY)  ## ruff
-	$(BIN)/ruff check .
+	$(BIN)/ruff check src tests scripts benchmarks examples
 
 bench: $(READY)  ## how much faster a training step is when freed memory is kept
 	$(BIN)/python benchmarks/malloc.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from tsugiki.formats.native import settings
 from tsugiki.methods import METHODS, Full
 from tsugiki.train.run import Result, read_rows, run
 
+run_module = sys.modules["tsugiki.train.run"]         # `tsugiki.train` itself is the public function
 TOKENIZER = tokenizer("bytes", bos="<s>", eos="</s>", adds_bos=True)
 PAD = 3
 TIMES = ("seconds", "tokens_per_second")              # what a clock says is no promise
@@ -42,7 +44,7 @@ ADAPTERS = {name: cfg for name, cfg in CASES.items() if cfg.edit is not None}
 
 def llama(dtype: torch.dtype = torch.float32, kind: str = "llama", **more) -> nn.Module:
     """A tiny model of the tokenizer's vocabulary."""
-    return tiny(kind, dtype, vocab_size=len(TOKENIZER), **more)
+    return tiny(kind, dtype, **{"vocab_size": len(TOKENIZER)} | more)
 
 
 def lines(n: int = 22, start: int = 0) -> list[dict]:

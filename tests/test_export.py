@@ -74,11 +74,11 @@ def test_above_the_limit_nothing_is_kept(tmp_path):
 
 
 def test_what_is_no_change_of_weights_and_what_the_folder_cannot_hold_is_refused(tmp_path):
-    model = llama()
+    model = llama(kind="qwen2")
     adapters = attach(model)
     fill(adapters.add("p", CASES["prompt"]))
     fill(adapters.add("b", BitFit(targets=("down",))))
-    for name, reason in (("p", "not a change of weights"), ("b", "a bias, which a LlamaForCausalLM folder cannot hold")):
+    for name, reason in (("p", "not a change of weights"), ("b", "a bias, which a Qwen2ForCausalLM folder cannot hold")):
         with pytest.raises(UserError, match=reason):
             merge_to_folder(model, TOKENIZER, adapters, [name], tmp_path / "m", dtype=torch.float32)
     assert list(tmp_path.iterdir()) == [] and adapters.merged == ()
@@ -100,7 +100,7 @@ def test_an_adapter_of_a_tied_head_merges_into_a_folder_with_a_head_of_its_own(k
     live = probe(model)
     merge_to_folder(model, TOKENIZER, adapters, ["a"], tmp_path / "m", dtype=dtype)
     again = reloaded(tmp_path / "m")
-    assert difference(probe(again), live) < (1e-5 if dtype == torch.float32 else 0.1)
+    assert difference(probe(again), live) < (1e-4 if dtype == torch.float32 else 0.5) and float(live.abs().max()) > 10
     assert again.lm_head.weight is not again.get_input_embeddings().weight
     assert model.lm_head.weight is model.get_input_embeddings().weight and torch.equal(probe(model), live)
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from kit import CASES, config, go, left, llama, newest
+from kit import CASES, config, go, left, llama, newest, run_module
 
 from tsugiki.evaluate.score import Score
 from tsugiki.train import loop
@@ -41,16 +41,16 @@ def test_evaluations_the_best_weights_and_early_stopping_survive_a_stop(tmp_path
     """Scores fall and rise: the best is at step 4, and two worse ones in a row stop the run at step 8."""
     values = {0: 5.0, 2: 4.0, 4: 1.0, 6: 2.0, 8: 1.5, 10: 0.5}
     now = {}
-    plain = loop._one_step
+    plain = loop.train_step
 
-    def count(job, optimizer, progress, *rest):
-        plain(job, optimizer, progress, *rest)
-        now["step"] = progress.step
-    monkeypatch.setattr(loop, "_one_step", count)
+    def count(*args, **kwargs):
+        now["step"] = kwargs["step"]
+        return plain(*args, **kwargs)
+    monkeypatch.setattr(loop, "train_step", count)
 
     def scored(model, renderer, rows, cfg, pad, limit, progress=None):
         return Score("loss", values[now["step"]], 6, values[now["step"]])
-    monkeypatch.setattr("tsugiki.train.run.evaluate", scored)
+    monkeypatch.setattr(run_module, "evaluate", scored)
 
     def started(out, step=0, **more):
         now["step"] = step

@@ -4,14 +4,16 @@ from __future__ import annotations
 import ctypes
 import platform
 
+MAPPED = 32 << 20             # bytes from which glibc maps and unmaps a tensor each time, whatever it learns
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4          # malloc.h
 
 
 def keep_freed_memory() -> bool:
     """Ask glibc to reuse freed memory instead of giving it back; whether it was asked.
 
-    Training allocates the same large tensors at every step. By default glibc maps and unmaps each of them, and the page
-    faults can cost more than the arithmetic (benchmarks/malloc.py measures it here). The process's peak stays what it was.
+    Training allocates the same large tensors at every step. By default glibc maps and unmaps those of MAPPED bytes and more,
+    and the page faults can cost more than the arithmetic. Where no tensor is that large the default is better, and tcmalloc
+    (LD_PRELOAD) is better than both: benchmarks/malloc.py measures all three here.
     """
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False

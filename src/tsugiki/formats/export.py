@@ -30,8 +30,7 @@ def export_model(model: nn.Module, tokenizer, folder: str | Path, *, dtype: torc
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         shutil.rmtree(temporary, ignore_errors=True)   # left by a save that was killed
-        state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in model.state_dict().items()}
-        model.save_pretrained(temporary, state_dict=state)
+        model.save_pretrained(temporary, state_dict=_state(model, dtype))
         _set(temporary / "config.json", "dtype", str(dtype).removeprefix("torch."))
         if stop_ids := sorted(set(stop_ids)):
             _set(temporary / "generation_config.json", "eos_token_id", stop_ids)
@@ -45,6 +44,18 @@ def export_model(model: nn.Module, tokenizer, folder: str | Path, *, dtype: torc
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _state(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The model's tensors in `dtype`; what is one tensor under two names (a tied head) stays one, so it is stored once."""
+    made: dict[tuple, torch.Tensor] = {}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in made:
+            made[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        state[name] = made[key]
+    return state
 
 
 def _set(path: Path, key: str, value) -> None:

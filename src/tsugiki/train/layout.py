@@ -57,3 +57,11 @@ def choose_layout(model: nn.Module, examples: Sequence[Example], cfg: TrainConfi
             real += sum(lengths[row[0]] for row in forward)
             area += len(forward) * max(lengths[row[0]] for row in forward)
     return "pack" if 1 - real / area > WASTE else "pad"
+
+
+def largest_tensor(model: nn.Module, examples: Sequence[Example], cfg: TrainConfig) -> int:
+    """About how many bytes one forward's largest tensor has: its logits in float32."""
+    sample = examples[:1000]
+    tokens, trained = sum(len(e.ids) for e in sample), sum(sum(e.trained) for e in sample)
+    forward = min(max(cfg.max_tokens, cfg.max_length), cfg.batch_size * tokens / len(sample))
+    return int(forward * trained / tokens * model.get_input_embeddings().weight.shape[0] * 4)

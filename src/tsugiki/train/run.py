@@ -26,17 +26,18 @@ from tsugiki.evaluate.answers import generate_answers, room
 from tsugiki.evaluate.score import evaluate
 from tsugiki.formats.export import export_model
 from tsugiki.load import compute_dtype, pad_id, stored_dtype
-from tsugiki.memory import keep_freed_memory
+from tsugiki.memory import MAPPED, keep_freed_memory
 from tsugiki.methods import Full, make
 from tsugiki.route import token_keys
 from tsugiki.sites import family_of, find
-from tsugiki.train.layout import choose_layout
+from tsugiki.train.layout import choose_layout, largest_tensor
 from tsugiki.train.log import MetricsFile, console
 from tsugiki.train.loop import Job, Progress, fit
 from tsugiki.train.report import write_report
 
-# Keys that may differ between a run and its resumption: they change what is kept or shown, never the weights.
-INERT = ("out", "device", "train.log_steps", "train.save_steps", "train.save_keep")
+# Keys that may differ between a run and its resumption: they change what is kept or shown, never the weights; the files'
+# contents are compared, not their names.
+INERT = ("out", "device", "data.files", "data.eval", "data.template", "train.log_steps", "train.save_steps", "train.save_keep")
 TEMPORARY = "run.yaml.tmp"                            # left by a kill in the run's first moments
 
 
@@ -94,7 +95,8 @@ def read_rows(cfg: RunConfig, say: Callable[[str], None]) -> Rows:
     say(f"{len(train):,} rows to train on" + (f", {len(held):,} held out" if held else ", none held out"))
     if held and (both := duplicates(train, held)):
         say(f"the held-out score is too good: {both}")
-    said = [f"{c.kind}{[(m.role, m.content) if m.trained else (m.role, m.content, 0) for m in c.messages]}" for c in (*train, *held)]
+    said = [f"{c.kind}{[(m.role, m.content) if m.trained else (m.role, m.content, 0) for m in c.messages]}"
+            for c in (*train, *held)]
     text = "\0".join([*said, *([template] if template else [])])
     return Rows(train, held, hashlib.sha256(f"{len(train)}\0{text}".encode("utf-8", "surrogatepass")).hexdigest(), template)
 
@@ -121,7 +123,8 @@ def check_folder(out: Path, cfg: RunConfig, fingerprint: str) -> bool:
         raise UserError(f"{path}: is damaged, so what this run was is not known; choose another --out or delete the folder")
     for key, was, now in _differences(old, dataclasses.asdict(cfg) | {"data_sha256": fingerprint}):
         if key not in INERT:
-            raise UserError(f"{out}: holds another run ({key} is {was!r} there, {now!r} here); choose another --out or delete it")
+            what = "the rows are others than there" if key == "data_sha256" else f"{key} is {was!r} there, {now!r} here"
+            raise UserError(f"{out}: holds another run ({what}); choose another --out or delete it")
     return True
 
 
@@ -151,10 +154,11 @@ def run(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, *, quiet: bool 
         say: Callable[[str], None] | None = None) -> Result:
     """Train `model` on `rows` as `cfg` says, into cfg.out; the model is left trained, the adapter attached and active."""
     say = say or (lambda line: None if quiet else console().print(line, markup=False))
-    keep_freed_memory()
     out, train = Path(cfg.out), cfg.train
     method = make(**cfg.method)
     model.eval()                                      # a base's own dropout would draw from the global generator
+    if largest_tensor(model, examples, train) >= MAPPED:
+        keep_freed_memory()
     params, adapter = _trainable(model, method, cfg)
     _frozen_but(model, params)
     full = adapter is None
