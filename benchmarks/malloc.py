@@ -81,7 +81,8 @@ def main() -> None:
             for kind, found in times.items():
                 command = [sys.executable, __file__, "--measure", load, kind, "--steps", str(args.steps)]
                 env = os.environ | ({"LD_PRELOAD": TCMALLOC} if kind == "tcmalloc" else {})
-                found.append(float(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout.split()[-1]))
+                done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
+                found.append(float(done.stdout.split()[-1]))
         medians = {kind: statistics.median(found) for kind, found in times.items()}
         print(f"{load:6}" + "".join(f"  {k} {v * 1e3:.0f} ms ({medians['plain'] / v:.2f}x)" for k, v in medians.items()), flush=True)
 

@@ -157,8 +157,6 @@ def run(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, *, quiet: bool 
     out, train = Path(cfg.out), cfg.train
     method = make(**cfg.method)
     model.eval()                                      # a base's own dropout would draw from the global generator
-    if largest_tensor(model, examples, train) >= MAPPED:
-        keep_freed_memory()
     params, adapter = _trainable(model, method, cfg)
     _frozen_but(model, params)
     full = adapter is None
@@ -166,6 +164,8 @@ def run(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, *, quiet: bool 
     renderer = Renderer(tokenizer, template=rows.template, train_on=cfg.data.train_on, stop=cfg.data.stop)
     examples, report = renderer.examples(rows.train, limit)
     _say_report(report, limit, say)
+    if largest_tensor(model, examples, train) >= MAPPED:
+        keep_freed_memory()
     scoring = None
     if rows.held_out:
         scoring = partial(evaluate, model, renderer, rows.held_out, cfg.eval, pad_id(tokenizer), limit)
