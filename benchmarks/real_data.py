@@ -26,7 +26,7 @@ E2E = ["--data", "{data}/e2e/original/devset.csv", "--eval-data", "{data}/e2e/or
        "--prompt", r"{{mr}}\nText:",
        "--completion", " {{ref}}", "--metric", "bleu"]
 RUNS = {
-    "sst2-lora": [*SST2, "--set", "method.rank=8", "--lr", "5e-3", "--epochs", "2", "--batch-size", "64"],
+    "sst2-lora": [*SST2, "--set", "method.rank=8", "--lr", "1.5e-3", "--epochs", "2", "--batch-size", "64"],
     "sst2-full": [*SST2, "--method", "full", "--lr", "5e-4", "--epochs", "2", "--batch-size", "64"],
     "tiny-lora": [*SST2, "--base", "{data}/models/tinystories-656k", "--set", "method.rank=8", "--lr", "4e-3", "--epochs", "2",
                   "--batch-size", "64", "--dtype", "fp32"],

@@ -91,7 +91,8 @@ def test_exact_match_counts_the_answers_that_are_equal(tmp_path):
 
 
 def test_choice_picks_the_answer_of_least_loss(tmp_path):
-    conversations, renderer, seen = rows(tmp_path), Renderer(TOKENIZER), set()
+    data = [row | {"completion": f" {'abcd'[i % 4]}"} for i, row in enumerate(lines(13))]     # answers of one length
+    conversations, renderer, seen = load_conversations([write(tmp_path / "rows.jsonl", data)]), Renderer(TOKENIZER), set()
     options = sorted({c.reference for c in conversations})
     for seed in range(3):                              # a model alone says much the same to every prompt
         model = llama(F64)

@@ -16,7 +16,7 @@ from tsugiki.errors import UserError
 from tsugiki.evaluate.answers import generate_answers, room
 from tsugiki.evaluate.score import Score
 from tsugiki.evaluate.score import evaluate as score
-from tsugiki.load import compute_dtype, device_of, load, pad_id
+from tsugiki.load import base_path, compute_dtype, device_of, load, pad_id
 from tsugiki.methods import Full, make
 from tsugiki.train.log import console
 from tsugiki.train.run import Result, check_folder, read_rows, run
@@ -52,10 +52,11 @@ def train_run(cfg: RunConfig, *, quiet: bool = False) -> Result:
     say = (lambda line: None) if quiet else (lambda line: console().print(line, markup=False))
     if not cfg.out:
         raise UserError("out: missing; give --out DIR, the folder of this run")
-    method = make(**cfg.method)
+    method, device = make(**cfg.method), device_of(cfg.device)
+    base_path(cfg.base)                               # a base that is not there is told before the data is read
     rows = read_rows(cfg, say)
     check_folder(Path(cfg.out), cfg, rows.fingerprint)
-    dtype = compute_dtype(cfg.train.dtype, device_of(cfg.device))
+    dtype = compute_dtype(cfg.train.dtype, device)
     dtype = torch.float32 if isinstance(method, Full) else dtype         # trained weights are float32, computed under autocast
     model, tokenizer = load(cfg.base, dtype=dtype, device=cfg.device, trust_remote_code=cfg.trust_remote_code)
     return run(model, tokenizer, cfg, rows, quiet=quiet, say=say)

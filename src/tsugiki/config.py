@@ -25,7 +25,7 @@ def option(default, help: str, choices: tuple = (), low: float | None = None, hi
 class DataConfig:
     """Which rows, and how they are read."""
     files: list[str] = option(list, "training files (.jsonl .json .csv .tsv .parquet .txt, also .gz)")
-    eval: list[str] = option(list, "held-out files; without them a share of the training rows is held out")
+    eval: list[str] = option(list, "held-out files; without them, the share data.holdout of the rows")
     format: str = option("auto", "shape of the rows", ("auto", "alpaca", "messages", "sharegpt", "prompt-completion", "text"))
     prompt: str | None = option(None, "prompt template over the table's columns, as 'Review: {sentence}'")
     completion: str | None = option(None, "completion template over the table's columns, as ' {label}'")

@@ -13,8 +13,8 @@ def add(commands) -> None:
     p = commands.add_parser("demo", help="the whole road in a few minutes", description=HELP)
     p.add_argument("--out", default="runs/demo", help="folder of the run (%(default)s)")
     p.add_argument("--method", default="lora", help="any method (%(default)s)")
-    p.add_argument("--epochs", type=float, default=4.0, help="passes over the rows (%(default)s)")
-    p.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (%(default)s)")
+    p.add_argument("--epochs", type=float, default=2.5, help="passes over the rows (%(default)s)")
+    p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (%(default)s)")
     p.add_argument("--again", action="store_true", help="delete the folder's earlier run first")
     common(p, base=False)
     p.set_defaults(run=run, parser=p)
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         shutil.rmtree(out)
     root = Path(str(files("tsugiki") / "assets" / "demo"))
     tests = {name: load_conversations([root / name / "test.jsonl"]) for name in TASKS}
-    scoring = EvalConfig(metric="exact", max_new_tokens=48)
+    scoring = EvalConfig(metric="exact", max_new_tokens=24, max_rows=100)
 
     def scores(model, tokenizer, adapter: str | None) -> dict:
         renderer = Renderer(tokenizer)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +59,8 @@ def load_with_adapters(args: argparse.Namespace, dtype: str | None = None) -> Lo
         name, sign, folder = text.partition("=")
         if not sign or Path(text).is_dir():            # a folder's name may hold a "="
             path = Path(text)
-            name, folder = (path.parent.name if path.name == "adapter" else path.name) or "adapter", text
+            name, folder = path.resolve().parent.name if path.name == "adapter" else path.resolve().name, text
+            name = re.sub(r"[^A-Za-z0-9_.-]", "-", name).lstrip(".-") or "adapter"
         if not (Path(folder) / "adapter_config.json").is_file():
             hint = "; that is a whole model: give it as --base" if (Path(folder) / "config.json").is_file() else ""
             if (Path(folder) / "adapter" / "adapter_config.json").is_file():
