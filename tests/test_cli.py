@@ -337,11 +337,11 @@ def test_a_signal_to_the_process_saves_and_exits_with_128_and_its_number(signum,
     command = [*command[:at], "--steps", "1500", *command[at + 2:], "--set", "train.log_steps=1"]
     running = process(*command)
     log = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") >= 3):
         time.sleep(0.02)
     running.send_signal(signum)
-    out, err = running.communicate(timeout=120)
+    out, err = running.communicate(timeout=600)
     assert running.returncode == 128 + signum, err
     assert "Traceback" not in err and "saved; the same command goes on from here" in err.splitlines()[-1] and out == ""
     stopped = max((tmp_path / "run" / "checkpoints").glob("step-*"))
@@ -361,7 +361,7 @@ def test_as_a_process_bad_input_is_2_and_a_failed_run_1(base, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n')
     runs = [process(*train(tmp_path / "sick", rows, tmp_path / "run")),
             process("train", "--base", base, "--data", tmp_path / "bad.jsonl", "--out", tmp_path / "other")]
-    said = [p.communicate(timeout=120) for p in runs]
+    said = [p.communicate(timeout=600) for p in runs]
     assert [p.returncode for p in runs] == [1, 2]
     assert [out for out, _ in said] == ["", ""] and all("Traceback" not in err for _, err in said)
     last = said[0][1].splitlines()[-1]

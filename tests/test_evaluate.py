@@ -91,7 +91,7 @@ def test_exact_match_counts_the_answers_that_are_equal(tmp_path):
 
 
 def test_choice_picks_the_answer_of_least_loss(tmp_path):
-    data = [row | {"completion": f" {'abcd'[i % 4]}"} for i, row in enumerate(lines(13))]     # answers of one length
+    data = [row | {"completion": "1234"[i % 4]} for i, row in enumerate(lines(13))]     # answers of one token
     conversations, renderer, seen = load_conversations([write(tmp_path / "rows.jsonl", data)]), Renderer(TOKENIZER), set()
     options = sorted({c.reference for c in conversations})
     for seed in range(3):                              # a model alone says much the same to every prompt

@@ -181,7 +181,7 @@ def test_a_packed_run_and_a_resumed_packed_run_agree(tmp_path):
 def test_twenty_runs_killed_at_random_moments_end_in_the_same_bits(tmp_path):
     """A fork server trains in children and kills them with SIGKILL, half of the kills aimed into saves."""
     script = Path(__file__).with_name("kill_server.py")
-    done = subprocess.run([sys.executable, str(script), str(tmp_path), "20"], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, str(script), str(tmp_path), "20"], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["identical"] == 20 and report["runs"] == 20, report

@@ -13,7 +13,7 @@ def add(commands) -> None:
     p = commands.add_parser("demo", help="the whole road in a few minutes", description=HELP)
     p.add_argument("--out", default="runs/demo", help="folder of the run (%(default)s)")
     p.add_argument("--method", default="lora", help="any method (%(default)s)")
-    p.add_argument("--epochs", type=float, default=2.5, help="passes over the rows (%(default)s)")
+    p.add_argument("--epochs", type=float, default=4.0, help="passes over the rows (%(default)s)")
     p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (%(default)s)")
     p.add_argument("--again", action="store_true", help="delete the folder's earlier run first")
     common(p, base=False)
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     samples = [(tests[name][0], before[name].answers[0], after[name].answers[0]) for name in list(TASKS)[:3]]
     text = [table(("task", "before", "after", "95 % interval", "n", "what"), rows), ""]
     for c, was, now in samples:
-        text += [c.prompt_text, f"  before:   {was.strip()[:110]}", f"  after:    {now.strip()}",
+        text += [c.prompt_text, f"  before:   {' '.join(was.split())[:110]}", f"  after:    {now.strip()}",
                  f"  expected: {c.reference.strip()}", ""]
     error = f"reloaded logits within {merged['relative_error']:.2%} of the adapter's effect"
     text += [f"merged   {merged['out']}  check passed: {error}",
