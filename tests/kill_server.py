@@ -81,6 +81,11 @@ def kill_once(out: Path, rng: random.Random, aimed: bool, total: float, save: fl
     return "done" if code == 0 else "in a save" if seen.endswith(b"[") else "between saves"
 
 
+def names(out: Path) -> list[str]:
+    """Everything in a run's folder: nothing half made may be left."""
+    return sorted(str(p.relative_to(out)) for p in out.rglob("*"))
+
+
 def main(folder: Path, runs: int) -> None:
     rng = random.Random()
     total, save = finish(folder / "whole")
@@ -95,8 +100,7 @@ def main(folder: Path, runs: int) -> None:
             if how == "done":
                 break
         finish(out)
-        strangers = [p.name for p in (out / "checkpoints").iterdir() if not p.name.startswith("step-")]
-        found["identical"] += left(out) == want and not strangers and not list(out.glob("*.tmp")) and not list(out.glob(".*"))
+        found["identical"] += left(out) == want and names(out) == names(folder / "whole")
     print(json.dumps(found))
 
 

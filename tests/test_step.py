@@ -3,8 +3,8 @@ import random
 
 import pytest
 import torch
-from kit import CASES, PAD, llama, trainable
-from tiny import EXACT, difference, fill
+from kit import ADAPTERS, CASES, PAD, llama, trainable
+from tiny import EXACT, LOOSER, difference, fill
 
 from tsugiki.adapters import attach
 from tsugiki.data.batch import collate, micro_batches
@@ -12,7 +12,9 @@ from tsugiki.data.render import Example
 from tsugiki.errors import RunError
 from tsugiki.methods import BitFit, Full, LoRA
 from tsugiki.route import token_keys
+from tsugiki.sites import FAMILIES
 from tsugiki.train.layout import packs
+from tsugiki.train.loss import token_losses
 from tsugiki.train.optim import adamw, grad_norm, schedule
 from tsugiki.train.step import train_step
 
@@ -82,6 +84,23 @@ def test_padded_and_packed_rows_give_the_same_step(name, kind):
     got, _, params = step(CASES[name], packed, examples, kind=kind)
     assert abs(got.loss - want.loss) <= EXACT
     assert max(difference(params[n], after[n]) for n in params) <= EXACT
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_loss_is_that_of_all_logits_for_every_method_and_family(kind):
+    """The head runs on trained positions only: the same numbers as from every position's logits."""
+    examples = rows()
+    model = llama(F64, kind)
+    batch = collate(examples, [[i] for i in range(8)], PAD)
+    at = batch.targets >= 0
+    for name, cfg in ADAPTERS.items():
+        fill(attach(model).add(name.replace("+", "."), cfg), seed=2)
+    for name in attach(model).names():
+        with torch.no_grad():
+            losses, of = token_losses(model, batch, adapter_ids=name)
+            logits = model(batch.ids, adapter_ids=name, use_cache=False).logits
+        want = torch.nn.functional.cross_entropy(logits[at], batch.targets[at], reduction="none")
+        assert difference(losses, want) <= LOOSER.get(kind, EXACT) and torch.equal(of, batch.samples[at]), name
 
 
 def test_dropout_draws_another_mask_each_step_and_the_same_one_again():
