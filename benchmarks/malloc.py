@@ -84,7 +84,8 @@ def main() -> None:
                 done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
                 found.append(float(done.stdout.split()[-1]))
         medians = {kind: statistics.median(found) for kind, found in times.items()}
-        print(f"{load:6}" + "".join(f"  {k} {v * 1e3:.0f} ms ({medians['plain'] / v:.2f}x)" for k, v in medians.items()), flush=True)
+        told = (f"  {kind} {median * 1e3:.0f} ms ({medians['plain'] / median:.2f}x)" for kind, median in medians.items())
+        print(f"{load:6}{''.join(told)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,5 +14,5 @@ from tsugiki.methods import BitFit, Full, LoRA, Prefix, Prompt
 from tsugiki.sites import Family, Site, sites
 
 __version__ = "0.1.0"
-__all__ = ["Adapters", "BitFit", "DataConfig", "EvalConfig", "Family", "Full", "LoRA", "Prefix", "Prompt", "RunConfig", "RunError", "Site",
-           "TrainConfig", "UserError", "attach", "evaluate", "generate", "load", "sites", "train", "train_run"]
+__all__ = ["Adapters", "BitFit", "DataConfig", "EvalConfig", "Family", "Full", "LoRA", "Prefix", "Prompt", "RunConfig", "RunError",
+           "Site", "TrainConfig", "UserError", "attach", "evaluate", "generate", "load", "sites", "train", "train_run"]
