@@ -24,6 +24,7 @@ def folders(tmp_path_factory):
 
 def test_the_classic_example():
     assert lora_parameters(300, 300, 2) == 1200 and 300 * 300 == 90_000
+    assert lora_parameters(100, 300, 2) == lora_parameters(300, 100, 2) == 800
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

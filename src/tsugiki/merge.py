@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .edit import mergeable
 from .errors import UserError
-from .tap import Unsaved
+from .tap import base_parameters
 from .weights import dense, restore, write
 
 
@@ -164,13 +164,11 @@ class Merged:
         """sha256 over (name, shape, 64 strided values rounded to bf16) of the base's parameters, tied ones once."""
         if self._fingerprint is not None:             # something is merged: as it was before
             return self._fingerprint
-        ours = {id(p) for m in self.home.model.modules() if isinstance(m, Unsaved) for p in m.parameters()}
         digest = hashlib.sha256()
-        for name, p in self.home.model.named_parameters():
-            if id(p) not in ours:
-                flat = p.detach().reshape(-1)
-                sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).view(torch.int16).cpu().tolist()
-                digest.update(repr((name, tuple(p.shape), sample)).encode())
+        for name, p in base_parameters(self.home.model):
+            flat = p.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).view(torch.int16).cpu().tolist()
+            digest.update(repr((name, tuple(p.shape), sample)).encode())
         return digest.hexdigest()
 
 

@@ -1,6 +1,7 @@
 """All edits at one site: the base runs once for the whole batch, then each adapter edits its own rows."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,6 +33,20 @@ def _note_prefix(module, state_dict, prefix, metadata, strict, missing, unexpect
 def _forget_missing(module, incompatible) -> None:
     missing = incompatible.missing_keys
     missing[:] = [key for key in missing if not key.startswith(module.prefix)]
+
+
+def base_parameters(module: nn.Module, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+    """named_parameters() of the base alone, tied ones once. It never looks where adapters are, so a thread may add one meanwhile."""
+    seen = set() if seen is None else seen
+    if isinstance(module, Unsaved):
+        return
+    for name, p in list(module._parameters.items()):
+        if p is not None and id(p) not in seen:
+            seen.add(id(p))
+            yield prefix + name, p
+    for name, child in list(module._modules.items()):
+        if child is not None:
+            yield from base_parameters(child, f"{prefix}{name}.", seen)
 
 
 class Tap(Unsaved):

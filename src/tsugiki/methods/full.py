@@ -10,7 +10,7 @@ from torch import nn
 from ..edit import Config, setting
 from ..errors import UserError
 from ..sites import Family, family_of, find
-from ..tap import Unsaved
+from ..tap import base_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,7 @@ class Full(Config):
 
     def select(self, model: nn.Module, family: Family | None = None) -> dict[str, nn.Parameter]:
         """The parameters to train, by name, tied ones once. Raises UserError when nothing matches."""
-        ours = {id(p) for m in model.modules() if isinstance(m, Unsaved) for p in m.parameters()}
-        named = {n: p for n, p in model.named_parameters() if id(p) not in ours and p.is_floating_point()}
+        named = {n: p for n, p in base_parameters(model) if p.is_floating_point()}
         if self.params is not None:
             # a tied tensor has several names; the regex may know any of them
             hit = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if re.search(self.params, n)}
