@@ -36,7 +36,7 @@ def _forget_missing(module, incompatible) -> None:
 
 
 def base_parameters(module: nn.Module, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Parameter]]:
-    """named_parameters() of the base alone, tied ones once. It never looks where adapters are, so a thread may add one meanwhile."""
+    """named_parameters() of the base alone, tied ones once. It never looks where adapters are: a thread may add one."""
     seen = set() if seen is None else seen
     if isinstance(module, Unsaved):
         return
