@@ -13,7 +13,7 @@ def add(commands) -> None:
     p = commands.add_parser("demo", help="the whole road in a few minutes", description=HELP)
     p.add_argument("--out", default="runs/demo", help="folder of the run (%(default)s)")
     p.add_argument("--method", default="lora", help="any method (%(default)s)")
-    p.add_argument("--epochs", type=float, default=4.0, help="passes over the rows (%(default)s)")
+    p.add_argument("--epochs", type=float, default=3.0, help="passes over the rows (%(default)s)")
     p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (%(default)s)")
     p.add_argument("--again", action="store_true", help="delete the folder's earlier run first")
     common(p, base=False)
