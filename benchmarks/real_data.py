@@ -34,6 +34,11 @@ RUNS = {
 }
 
 
+def earlier(path: Path) -> dict:
+    """The results so far."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, help="folder of the data sets")
@@ -41,7 +46,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/real"))
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "real_data.json")
     args = parser.parse_args()
-    found = json.loads(args.results.read_text()) if args.results.exists() else {}
     for name in args.only:
         flags = [f.format(data=args.data) for f in RUNS[name]]
         began = time.time()
@@ -50,14 +54,16 @@ def main() -> None:
         if done.returncode:
             sys.exit(done.returncode)
         result = json.loads(done.stdout)
+        found = earlier(args.results)                 # read as late as possible: another process may have written meanwhile
         keep = ("steps", "tokens", "seconds", "trainable", "total", "before", "after")
         shown = " ".join(f if f.startswith("-") else repr(f) for f in RUNS[name])
         command = "tsugiki train " + shown.replace("{{", "{").replace("}}", "}")
         found[name] = {k: result[k] for k in keep} | {"command": command, "wall_seconds": round(time.time() - began, 1)}
-        found["environment"] = {"torch": torch.__version__, "transformers": transformers.__version__, "cores": os.cpu_count(),
+        found[name]["environment"] = {"LD_PRELOAD": os.environ.get("LD_PRELOAD", ""), "torch": torch.__version__, "transformers": transformers.__version__, "cores": os.cpu_count(),
                                 "machine": platform.machine(), "python": platform.python_version()}
         args.results.parent.mkdir(parents=True, exist_ok=True)
         args.results.write_text(json.dumps(found, indent=1) + "\n")
+    found = earlier(args.results)
     for name in (n for n in RUNS if n in found):
         r = found[name]
         metric = r["after"]["metric"]
