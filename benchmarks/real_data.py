@@ -59,8 +59,9 @@ def main() -> None:
         shown = " ".join(f if f.startswith("-") else repr(f) for f in RUNS[name])
         command = "tsugiki train " + shown.replace("{{", "{").replace("}}", "}")
         found[name] = {k: result[k] for k in keep} | {"command": command, "wall_seconds": round(time.time() - began, 1)}
-        found[name]["environment"] = {"LD_PRELOAD": os.environ.get("LD_PRELOAD", ""), "torch": torch.__version__, "transformers": transformers.__version__, "cores": os.cpu_count(),
-                                "machine": platform.machine(), "python": platform.python_version()}
+        found[name]["environment"] = {
+            "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
+            "cores": os.cpu_count(), "machine": platform.machine(), "LD_PRELOAD": os.environ.get("LD_PRELOAD", "")}
         args.results.parent.mkdir(parents=True, exist_ok=True)
         args.results.write_text(json.dumps(found, indent=1) + "\n")
     found = earlier(args.results)
