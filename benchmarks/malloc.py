@@ -81,7 +81,7 @@ def main() -> None:
             for kind, found in times.items():
                 command = [sys.executable, __file__, "--measure", load, kind, "--steps", str(args.steps)]
                 env = os.environ | ({"LD_PRELOAD": TCMALLOC} if kind == "tcmalloc" else {})
-                done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
                 found.append(float(done.stdout.split()[-1]))
         medians = {kind: statistics.median(found) for kind, found in times.items()}
         told = (f"  {kind} {median * 1e3:.0f} ms ({medians['plain'] / median:.2f}x)" for kind, median in medians.items())
