@@ -12,8 +12,8 @@ def keep_freed_memory() -> bool:
     """Ask glibc to reuse freed memory instead of giving it back; whether it was asked.
 
     Training allocates the same large tensors at every step. By default glibc maps and unmaps those of MAPPED bytes and more,
-    which costs page faults. On batches of small, ever-changing shapes it is slower than the default (its free lists fragment),
-    so call it only where tensors are that large. benchmarks/malloc.py measures both loads, and tcmalloc beside them.
+    which costs page faults. On batches of small, ever-changing shapes it gains nothing, so call it only where tensors are
+    that large. benchmarks/malloc.py measures both loads, and tcmalloc beside them.
     """
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False
