@@ -100,7 +100,10 @@ def draw(tensor: Tensor, key: str, std: float) -> Tensor:
 
 
 def build(kind: str, norms: bool) -> nn.Module:
-    """The seeded base in eval mode. Without norms, those before attention and MLP let everything through."""
+    """The seeded base in eval mode. Without norms, those before attention and MLP let everything through.
+
+    Eager attention: adapters 1.3.0 extends a boolean mask, which sdpa gets, so that its prefix is masked.
+    """
     cls, config, fields = MODELS[kind]
     model = cls(config(**fields, attn_implementation="eager")).double().eval()
     with torch.no_grad():

@@ -216,7 +216,7 @@ def hook_reft(model: nn.Module, config: dict[str, Any], mapped: Mapped, mask: Te
     here = (mask.bool() & (real <= config["prefix_positions"]))[..., None]
     for n, layer in enumerate(decoder_layers(model)):
         w, b, r = (mapped[n, ANY, k] for k in ("W.weight", "W.bias", "R"))
-        assert difference(r.mT @ r, torch.eye(r.shape[1], dtype=r.dtype)) < CLOSE
+        assert difference(r.mT @ r, torch.eye(r.shape[1], dtype=r.dtype)) < CLOSE > difference(torch.linalg.qr(r).Q, r)
 
         def change(h: Tensor, w: Tensor = w, b: Tensor = b, r: Tensor = r) -> Tensor:
             return torch.where(here, h + (F.linear(h, w, b) - h @ r) @ r.mT, h)
