@@ -15,10 +15,10 @@ HELP = """Write an adapter in another form; its numbers stay as they are.
 
 --from loralib reads a checkpoint of microsoft/LoRA's loralib (`lora_A`, `lora_B`) without unpickling it, and writes a folder
 for PEFT. The file does not hold alpha. The scripts of microsoft/LoRA use
-  RoBERTa-base, GLUE           r=8   alpha=16
-  RoBERTa-large, GLUE          r=8   alpha=16
-  DeBERTa-v2-XXLarge, GLUE     r=16  alpha=32
-  GPT-2 medium, E2E            r=4   alpha=32  --enable-lora 1,0,1 (q and v of c_attn)
+  RoBERTa-base, MNLI           r=8   --alpha 16
+  RoBERTa-large, SST-2         r=8   --alpha 16
+  DeBERTa-v2-XXLarge, MNLI     r=16  --alpha 32
+  GPT-2 medium, E2E            r=4   --alpha 32 --enable-lora 1,0,1 (q and v of c_attn)
 Other tensors in the file, a trained head for one, are named and refused unless --leave-out says to convert without them.
 """
 LORALIB = ("alpha", "leave_out", "rename", "enable_lora", "fused")      # flags of --from loralib alone

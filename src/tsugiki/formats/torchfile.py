@@ -23,7 +23,7 @@ from ..errors import UserError
 MAX_PICKLE = 32 << 20                                 # bytes of opcodes; a thousand tensors take about 150 KB
 MAX_STEPS = 4_000_000                                 # opcodes; a tensor takes about 30
 MAX_DEPTH = 32                                        # containers in containers; a structure that holds itself ends here
-MAX_VALUES = 2_000_000                                # in the result, each counted where it stands
+MAX_VALUES = 500_000                                  # in the result, each counted where it stands
 MAX_SIZE = 1 << 40                                    # one size, stride or offset
 MAX_SHARING = 8                                       # all tensors, written out, against the file's bytes
 MAGIC, STREAM_VERSION = 0x1950A86A20F9469CFC6C, 1001  # torch.serialization's, first in the older form
