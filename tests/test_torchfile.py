@@ -12,7 +12,7 @@ from tokenizers_tiny import data_dir
 from torch import nn
 
 from tsugiki.errors import UserError
-from tsugiki.formats import torchfile
+from tsugiki.formats import opcodes
 from tsugiki.formats.torchfile import read, state_dict
 
 FORMS = {"zip": {}, "stream": {"_use_new_zipfile_serialization": False}}
@@ -43,7 +43,7 @@ def same(a, b) -> bool:
 
 
 def bits(t: torch.Tensor) -> bytes:
-    return t.contiguous().flatten().view(torch.uint8).numpy().tobytes() if t.numel() else b""
+    return torch.empty(t.shape, dtype=t.dtype).copy_(t).flatten().view(torch.uint8).numpy().tobytes() if t.numel() else b""
 
 
 def refused(path, *words: str) -> str:
@@ -131,6 +131,19 @@ def test_damage_ends_in_one_line_or_in_the_right_tensors(form, seed, tmp_path):
     data, draw = buffer.getvalue(), random.Random(seed)
     original = torch.load(io.BytesIO(data), weights_only=True)
     seen = [outcome(tmp_path / "a.pt", spoiled(data, draw), original, form == "zip") for _ in range(400)]
+    assert seen.count("refused") > 100 and seen.count("read") > 5
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_opcodes_changed_under_a_whole_checksum_end_in_one_line_or_in_what_torch_reads(seed, tmp_path):
+    torch.save(made(), buffer := io.BytesIO())
+    parts, draw = zipfile.ZipFile(buffer), random.Random(seed)
+    original, seen = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True), []
+    for _ in range(300):
+        with zipfile.ZipFile(changed := io.BytesIO(), "w") as z:
+            for name in parts.namelist():
+                z.writestr(name, spoiled(parts.read(name), draw) if name.endswith("data.pkl") else parts.read(name))
+        seen.append(outcome(tmp_path / "a.pt", changed.getvalue(), original, False))
     assert seen.count("refused") > 100 and seen.count("read") > 5
 
 
@@ -231,9 +244,9 @@ CALLS = {                                             # command -> opcodes that 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_hostile_file_is_refused_and_runs_nothing(form, name, tmp_path):
     mark = tmp_path / "ran"
-    opcodes, words = CALLS[name](f"touch {mark}")
-    assert "nothing was run" in refused(written(form, tmp_path / "a.pt", opcodes), words)
-    (tmp_path / "b.pt").write_bytes(opcodes)          # a bare pickle
+    code, words = CALLS[name](f"touch {mark}")
+    assert "nothing was run" in refused(written(form, tmp_path / "a.pt", code), words)
+    (tmp_path / "b.pt").write_bytes(code)          # a bare pickle
     refused(tmp_path / "b.pt", words)
     assert not mark.exists()
 
@@ -278,12 +291,12 @@ BOMBS = {
 @form
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_refused_soon(form, name, tmp_path):
-    opcodes, words = BOMBS[name]
-    refused(written(form, tmp_path / "a.pt", opcodes), words)
+    code, words = BOMBS[name]
+    refused(written(form, tmp_path / "a.pt", code), words)
 
 
 def test_too_many_steps_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(torchfile, "MAX_STEPS", 1000)
+    monkeypatch.setattr(opcodes, "MAX_STEPS", 1000)
     refused(written("zip", tmp_path / "a.pt", b"\x80\x02" + b"N" * 1001 + b"."), "1000 steps")
 
 
@@ -324,6 +337,11 @@ V2, V3 = (b"ctorch._utils\n_rebuild_tensor_v%b\n" % v for v in (b"2", b"3"))
 def tensor(offset=0, size=None, stride=None, stored=None, hooks=b"}", grad=b"\x89", end=b"") -> bytes:
     where = (stored or storage()) + number(offset) + (size or sizes(2, 3)) + (stride or sizes(3, 1))
     return A + V2 + b"(" + where + grad + hooks + end + b"tRs."
+
+
+def test_an_odd_stride_that_says_nothing_is_made_ordinary(tmp_path):
+    path = written("zip", tmp_path / "a.pt", tensor(size=sizes(1, 1), stride=sizes(33, 5)), {"0": bytes(24)})
+    assert read(path)["a"].stride() == (1, 1)
 
 
 LIES = {
