@@ -20,6 +20,7 @@ for PEFT. The file does not hold alpha. The scripts of microsoft/LoRA use
   DeBERTa-v2-XXLarge, MNLI     r=16  --alpha 32
   GPT-2 medium, E2E            r=4   --alpha 32 --enable-lora 1,0,1 (q and v of c_attn)
 Other tensors in the file, a trained head for one, are named and refused unless --leave-out says to convert without them.
+The base is not loaded; what --base says is kept in the folder as the base's name.
 """
 LORALIB = ("alpha", "leave_out", "rename", "enable_lora", "fused")      # flags of --from loralib alone
 
