@@ -15,6 +15,7 @@ from ..errors import UserError, nearest
 from ..methods import METHODS
 from ..sites import LINEAR_ROLES, ROLES, Site
 from ..tap import Unsaved
+from ..weights import transposed
 from . import native
 
 PREFIX = "base_model.model."
@@ -67,7 +68,7 @@ def write(adapter: Adapter, base: str | None) -> tuple[dict[str, Any], dict[str,
         return config | _shape_of(adapter, found), {TABLE: torch.cat(tables, 1)}
     modules = {s.module for s in found}
     config |= {"bias": "none", "target_modules": _suffixes(adapter.home.model, modules),
-               "fan_in_fan_out": any(isinstance(s.exit, Conv1D) for s in found)}
+               "fan_in_fan_out": any(transposed(s.exit) for s in found)}
     params = adapter.parameters()
     return config, {f"{PREFIX}{s.module}.{theirs}": params[f"{s.name}.{ours}"].detach()
                     for s in found for ours, theirs in spec.tensors.items()}
@@ -140,7 +141,7 @@ def targets_of(adapters: Adapters, cls: type[Config], config: dict[str, Any], te
         raise UserError(f"{file}: tensor {name} is missing; target_modules of {path.name} names its module")
     if extra := sorted(have - modules):
         raise UserError(f"{file}: tensor {PREFIX}{extra[0]}... belongs to a module that target_modules does not name")
-    fans = {isinstance(by_module[m].exit, Conv1D) for m in modules}
+    fans = {transposed(by_module[m].exit) for m in modules}
     if bool(config.get("fan_in_fan_out")) != (True in fans):
         raise UserError(f"{path}: fan_in_fan_out: is {config.get('fan_in_fan_out')}, the base's weights say {True in fans}")
     return _shortest(adapters, {by_module[m].name for m in modules})
