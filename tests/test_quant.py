@@ -1,15 +1,16 @@
 """Bases in 4 and 8 bits: every method computes there what it computes on the dequantised weights, and moves to 16 bits and back."""
 import copy
 import json
+import shutil
 import sys
 import threading
 
 import pytest
 import torch
-from kit import TOKENIZER, config, go, lines, metrics, write
+from kit import TOKENIZER, config, go, lines, metrics, result_bits, write
 from tiny import METHOD_CASES, SPECS, attached, difference, fill, ids, tiny
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import tsugiki as tg
 from tsugiki import formats
@@ -178,6 +179,17 @@ def test_a_rows_result_depends_neither_on_its_neighbours_nor_on_the_mode(bits, f
         assert difference(whole, x @ dense(linear).float().T) < CLOSE * 60
 
 
+@widths
+def test_a_model_that_transformers_itself_loaded_is_made_exact_by_attaching(bits, folder):
+    options = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    model = AutoModelForCausalLM.from_pretrained(folder("llama"), dtype=torch.float32, quantization_config=options,
+                                                 device_map={"": "cpu"}).eval()
+    plain = dequantised(model, folder("llama"))
+    attached(model, "lora"), attached(plain, "lora")
+    found, right = grown(model, "lora"), grown(plain, "lora")
+    assert all(difference(found[k], right[k]) <= 1e-4 * float(right[k].abs().max()) for k in right)
+
+
 def test_a_model_that_was_repacked_before_is_refused_and_one_line_says_what_to_do(folder):
     model = in_bits(folder("llama"), 4)
     model.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
@@ -282,6 +294,18 @@ def test_a_manifest_from_before_few_bits_loads_on_sixteen_and_is_refused_in_one_
     with pytest.raises(UserError, match="base_rest: is missing, .* save it again, or pass check_base=False"):
         few.load("a", tmp_path / "old")
     few.load("a", tmp_path / "old", check_base=False)
+
+
+@widths
+def test_a_run_that_went_on_ends_with_the_same_bits(bits, folder, tmp_path):
+    whole = result_bits(go(config(tmp_path / "whole", steps=6, held=True, eval_steps=2), in_bits(folder("llama"), bits)))
+    go(config(tmp_path / "part", steps=6, held=True, eval_steps=2), in_bits(folder("llama"), bits))
+    for step in range(4, 7):
+        shutil.rmtree(tmp_path / "part" / "checkpoints" / f"step-{step:08d}")
+    said = []
+    again = go(config(tmp_path / "part", steps=6, held=True, eval_steps=2), in_bits(folder("llama"), bits), said.append)
+    assert same(result_bits(again), whole) and "going on from step 3 of 6" in said
+    assert any(f"base in {bits} bits" in line for line in said)
 
 
 def test_full_fine_tuning_of_few_bits_is_refused_before_anything_is_loaded(folder, tmp_path, capsys):
