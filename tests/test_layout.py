@@ -33,7 +33,7 @@ GRAPH: dict[str, set[str]] = {
     "data": {"errors"},
     "plan": {"core", "errors", "load", "methods", "sites"},
     "config": {"data", "errors"},
-    "train.loss": {"data"},                           # the trainer's and the evaluator's
+    "train.loss": {"core", "data"},                           # the trainer's and the evaluator's
     "evaluate": {"config", "data", "errors", "load", "train.loss"},
     "train": {"config", "core", "data", "errors", "evaluate", "formats", "load", "memory", "methods", "sites", "train.loss",
               "weights"},

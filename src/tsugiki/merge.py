@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .edit import mergeable
 from .errors import UserError
 from .tap import base_parameters
 from .weights import check_writable, dense, few_bits, quantisable, restore, write
@@ -41,15 +40,16 @@ class Merged:
         self.order: list[str] = []
         self._kept: dict[nn.Module, Kept] = {}
         self._flags: dict[str, Any] = {}              # config fields changed for the sake of a merge
+        self._few, self._quantisable = few_bits(home.model), quantisable(home.model)     # now: later, threads may add adapters
         self._prints: tuple[str | None, str] | None = None
 
     def merge(self, adapter: Any) -> MergeReport:
         if adapter.name in self.order:
             raise UserError(f"adapter {adapter.name!r} is merged already")
-        for site, edit in adapter.edits.values():
-            if not mergeable(edit):
-                raise UserError(f"{adapter.cfg.name} is not a change of weights: adapter {adapter.name!r} cannot be merged")
-            check_writable(site.exit)
+        if not adapter.mergeable:
+            raise UserError(f"{adapter.cfg.name} is not a change of weights: adapter {adapter.name!r} cannot be merged")
+        for module in self._modules(adapter):
+            check_writable(module)
         self._prints = self.fingerprints()
         self.order.append(adapter.name)
         try:
@@ -108,12 +108,16 @@ class Merged:
             if tied:                                  # a change of the head must not reach the embedding
                 module.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
                 self._set_flag("tie_word_embeddings", False)
-            self._kept[module] = Kept(weight.detach().clone(), None if bias is None else bias.detach().clone(),
-                                      weight if tied else None)
+            module.kept = self._kept[module] = Kept(weight.detach().clone(), None if bias is None else bias.detach().clone(),
+                                                    weight if tied else None)
         return self._kept[module]
 
+    def _forget(self, module: nn.Module) -> Kept:
+        del module.kept
+        return self._kept.pop(module)
+
     def _restore(self, module: nn.Module) -> None:
-        kept = self._kept.pop(module)
+        kept = self._forget(module)
         if kept.tied is not None:
             restore(module, kept.weight, kept.bias)
             module.weight = kept.tied
@@ -147,7 +151,7 @@ class Merged:
                 elif not needed and s.module in added:
                     s.exit.bias = None
                     if not self._touched(s.exit):
-                        self._kept.pop(s.exit)
+                        self._forget(s.exit)
             if not needed:
                 self._reset_flag(flag)
             declared |= {s.module for s in covered}
@@ -166,16 +170,15 @@ class Merged:
         values rounded to bf16) of the base's parameters, tied ones once. The second has no weights of linears."""
         if self._prints is not None:                  # something is merged: as it was before
             return self._prints
-        squeezed = quantisable(self.home.model)
         everything, rest = hashlib.sha256(), hashlib.sha256()
         for name, p in base_parameters(self.home.model):
             flat = p.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).view(torch.int16).cpu().tolist()
             line = repr((name, tuple(p.shape), sample)).encode()
             everything.update(line)
-            if id(p) not in squeezed:
+            if name not in self._quantisable:
                 rest.update(line)
-        return None if few_bits(self.home.model) else everything.hexdigest(), rest.hexdigest()
+        return None if self._few else everything.hexdigest(), rest.hexdigest()
 
 
 def _fold(edit: Any, site: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -34,7 +34,7 @@ def transposed(module: nn.Module) -> bool:
 
 
 def dense(module: nn.Module, stored: torch.Tensor | None = None) -> torch.Tensor:
-    """The frozen weight (or `stored`, an earlier copy of it) as a dense (out, in) tensor, in a floating dtype.
+    """The frozen weight (or `stored`, an earlier copy of it) as a dense, floating (out, in) tensor; a norm's is a vector.
 
     In few bits it is the very matrix that the forward multiplies with. It is made anew by every call and not kept.
     """
@@ -43,9 +43,15 @@ def dense(module: nn.Module, stored: torch.Tensor | None = None) -> torch.Tensor
         return _nf4(module) if bits == 4 else _int8(weight, _scale(module), torch.float32)
     if hasattr(weight, "dequantize") and not weight.is_floating_point():
         weight = weight.dequantize()
-    if not weight.is_floating_point() or weight.dim() != 2:
+    if not weight.is_floating_point() or weight.dim() > 2:
         raise UserError(f"{type(module).__name__}: a weight stored as {weight.dtype} cannot be read as a matrix")
     return weight.T if isinstance(module, Conv1D) else weight
+
+
+def unmerged(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight, bias) as stored, from before any merge."""
+    kept = module.__dict__.get("kept")
+    return (module.weight, getattr(module, "bias", None)) if kept is None else (kept.weight, kept.bias)
 
 
 def check_writable(module: nn.Module) -> None:
@@ -95,10 +101,11 @@ def few_bits(module: nn.Module) -> int | None:
     return None
 
 
-def quantisable(model: nn.Module) -> set[int]:
-    """The ids of the parameters that a quantiser may touch: weights of linears, unless an embedding shares them."""
-    linears = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))}
-    return linears - {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+def quantisable(model: nn.Module) -> set[str]:
+    """The names of the parameters that a quantiser may touch: weights of linears, unless an embedding shares them."""
+    shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return {f"{name}.weight" for name, m in model.named_modules()
+            if isinstance(m, (nn.Linear, Conv1D)) and id(m.weight) not in shared}
 
 
 def numel(p: Tensor) -> int:

@@ -37,10 +37,14 @@ def save(adapter: Adapter, path: str | Path, *, stop_ids: Iterable[int] = (), ba
     """
     from . import native, peft  # they know adapters; adapters know only this module
     folder = Path(path)
-    config, tensors = peft.write(adapter, base) if peft.writable(adapter) else native.write(adapter)
+    cfg, tensors = adapter.cfg.stored(adapter)
+    if peft.writable(adapter, cfg):
+        config, tensors = peft.write(adapter, cfg, tensors, base)
+    else:
+        config = native.write(cfg)
     data, packed = to_json(config), pack_tensors(tensors, folder / TENSORS)
     print_, rest = adapter.home.fingerprints()
-    manifest = {"tsugiki": VERSION, "method": adapter.cfg.name, "settings": native.settings(adapter.cfg),
+    manifest = {"tsugiki": VERSION, "method": cfg.name, "settings": native.settings(cfg),
                 "base": print_, "base_rest": rest, "stop_ids": sorted(set(map(int, stop_ids))), "extra": extra or {},
                 "config": hashlib.sha256(data).hexdigest(), "tensors": {n: tensor_hash(t) for n, t in tensors.items()}}
     manifest["self"] = _self_hash(manifest)
@@ -67,12 +71,11 @@ def load(adapters: Adapters, name: str, path: str | Path, *, check_base: bool = 
         if manifest is None:
             raise UserError(f"{folder / MANIFEST}: no such file, and {CONFIG} has no peft_type: not an adapter that can be checked")
         return native.read(adapters, name, native.read_config(config, config_path), tensors, file)
-    cls, values = peft.read_config(config, config_path)
+    cls = peft.read_config(config, config_path, manifest and manifest["method"])
     tensors = peft.without_copies(adapters, tensors, file)
-    if not cls.peft.virtual:
-        values["targets"] = peft.targets_of(adapters, cls, config, tensors, config_path, file)
-    if manifest is not None:                          # it knows the settings PEFT has no field for
-        values = manifest["settings"]
+    # a manifest knows the settings PEFT has no field for
+    values = manifest["settings"] if manifest is not None else \
+        peft.values_of(adapters, cls, config, tensors, config_path, file)
     return peft.read(adapters, name, native.build(cls.name, values, config_path), config, tensors, config_path, file)
 
 
