@@ -78,7 +78,7 @@ def test_one_batch_of_every_method_equals_each_row_alone(kind):
         for i, name in enumerate(who):
             alone = model(input_ids=x[i:i + 1], adapter_ids=[name]).logits[0]
             assert difference(together[i], alone) <= LOOSER.get(kind, EXACT), name
-            assert (difference(alone, base[i]) > 1e-3) == (name is not None), name
+            assert (difference(alone, base[i]) > 1e-4) == (name is not None), name
     row_losses(model, x, adapter_ids=who).sum().backward()
     joint = gradients(adapters)
     for i, name in enumerate(who):

@@ -5,7 +5,15 @@ import json
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    AdaptionPromptConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from tiny import FALCONS, METHOD_CASES, attached, difference, fill, ids, tiny
 
@@ -13,7 +21,7 @@ from tsugiki.adapters import attach
 from tsugiki.errors import UserError
 from tsugiki.formats import disk
 from tsugiki.formats import peft as ours
-from tsugiki.methods import METHODS, LoRA
+from tsugiki.methods import METHODS, LlamaAdapter, LoRA
 from tsugiki.sites import FAMILIES, LINEAR_ROLES, sites
 
 CASES = [(k, {}) for k in FAMILIES if k != "falcon"] + [("falcon", v) for v in FALCONS.values()]
@@ -40,6 +48,10 @@ def theirs(model, name):
         "prompt": lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
         "prefix": lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, token_dim=kv.d_out,
                                              num_attention_heads=kv.d_out // kv.head_dim, num_layers=2),
+        "ptuning": lambda: PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, encoder_hidden_size=8),
+        "encoded prefix": lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, token_dim=kv.d_out, num_layers=2,
+                                                     num_attention_heads=kv.d_out // kv.head_dim, prefix_projection=True,
+                                                     encoder_hidden_size=8),
     }[name]()
 
 
@@ -57,9 +69,9 @@ def peft_logits(model, x):
 
 
 @family
-@pytest.mark.parametrize("name", ["lora", "rslora", "all-linear", "regex", "head", "prompt", "prefix"])
+@pytest.mark.parametrize("name", ["lora", "rslora", "all-linear", "regex", "head", "prompt", "prefix", "ptuning", "encoded prefix"])
 def test_peft_to_us_and_back(kind, overrides, name, tmp_path):
-    if name == "prefix" and overrides == FALCONS["new_decoder"]:
+    if "prefix" in name and overrides == FALCONS["new_decoder"]:
         pytest.skip("this Falcon caches every query head's keys: PEFT's prefix is not one of its own keys (refused; tested below)")
     x = ids(2)
     wrapped = get_peft_model(tiny(kind, **overrides), theirs(tiny(kind, **overrides), name))
@@ -85,9 +97,10 @@ def test_what_we_train_peft_reads(kind, overrides, name, tmp_path):
     model = tiny(kind, **overrides)
     adapters = attached(model, name, scale=0.3)
     adapters.save(name, tmp_path / "a")
-    written = "peft_type" in json.loads((tmp_path / "a" / disk.CONFIG).read_text())
-    if not written:
-        assert name == "prefix" and overrides == FALCONS["new_decoder"]
+    if "peft_type" not in json.loads((tmp_path / "a" / disk.CONFIG).read_text()):
+        adapter = adapters.get(name)                  # nothing but what PEFT has no words for
+        repeated = adapter.virtual and overrides == FALCONS["new_decoder"]
+        assert repeated or any(s.features is not None for s in adapter.sites) or not adapter.cfg.peft.fits(adapter)
         return
     with torch.no_grad():
         right, base = model(ids(2)).logits, model(ids(2), adapter_ids=()).logits
@@ -160,12 +173,21 @@ def test_features_we_do_not_have_are_refused_by_name(options, says, tmp_path):
         attach(tiny("llama")).load("a", tmp_path)
 
 
-def test_a_prefix_with_a_projection_is_refused(tmp_path):
-    wrapped = get_peft_model(tiny("gpt2"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=True,
-                                                              encoder_hidden_size=8))
-    wrapped.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="prefix_projection"):
-        attach(tiny("gpt2")).load("a", tmp_path)
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_pefts_llama_adapter_both_ways(kind, tmp_path):
+    """PEFT has it for these; of GPT-2 it has another formula, without the output projection, which we do not read or write."""
+    wrapped = get_peft_model(tiny(kind), AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=5, adapter_layers=1))
+    noise(wrapped)
+    right = peft_logits(wrapped, ids(2))
+    wrapped.save_pretrained(tmp_path / "theirs")
+    model = tiny(kind)
+    base, adapters = model(ids(2)).logits, attach(model)
+    adapters.load("a", tmp_path / "theirs")
+    assert adapters.get("a").cfg == LlamaAdapter(tokens=5, last=1, gate="layer")
+    with torch.no_grad():
+        assert difference(model(ids(2)).logits, right) < CLOSE and difference(right, base) > 20 * CLOSE
+    adapters.save("a", tmp_path / "ours")
+    assert difference(peft_logits(PeftModel.from_pretrained(tiny(kind), tmp_path / "ours"), ids(2)), right) < CLOSE
 
 
 def test_a_trained_head_beside_the_adapter_is_refused(tmp_path):

@@ -32,6 +32,7 @@ class Family:
     rotary: str | None = None                         # module whose attention_scaling multiplies rotated keys
     positions_from_mask: bool = False                 # the model counts positions from the mask when none are given
     repeats_keys: str | None = None                   # attribute in a layer: the cache holds every query head's key
+    peft_has_its_attention: bool = False              # PEFT's LLaMA-Adapter knows the family
     bias_flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # config field -> roles it gives a bias
 
 
@@ -54,8 +55,8 @@ BLOOM = Family("transformer.h", "transformer.word_embeddings",
                fused={"qkv": "grouped"})
 
 FAMILIES: dict[str, Family] = {
-    "llama": replace(LLAMA, bias_flags=ATTENTION_BIAS | {"mlp_bias": ("gate", "up", "down")}),
-    "mistral": LLAMA,
+    "llama": replace(LLAMA, peft_has_its_attention=True, bias_flags=ATTENTION_BIAS | {"mlp_bias": ("gate", "up", "down")}),
+    "mistral": replace(LLAMA, peft_has_its_attention=True),
     "qwen2": LLAMA,
     "qwen3": replace(GEMMA, key_out="self_attn.k_norm", query_out="self_attn.q_norm"),
     "gemma": GEMMA,

@@ -126,13 +126,11 @@ class LlamaAdapter(Config):
 
     peft: ClassVar[Peft] = Peft(
         "ADAPTION_PROMPT", fields={"tokens": "adapter_len"}, size="adapter_len", path=lambda site: site.module.rpartition(".")[0],
-        tensors={"prompt": "adaption_prompt", "gate": "adaption_gate"}, known=frozenset({"adapter_layers", "target_modules"}),
-        neutral=TUNER,
-        write=lambda adapter, names: {"adapter_layers": len(adapter.parameters()) // 2,
-                                      "target_modules": names(adapter.sites)[0].rpartition(".")[2]},
+        tensors={"prompt": "adaption_prompt", "gate": "adaption_gate"}, known=frozenset({"adapter_layers"}),
+        neutral=TUNER | {"target_modules": (None, "self_attn")},
+        write=lambda adapter, names: {"adapter_layers": len(adapter.parameters()) // 2, "target_modules": "self_attn"},
         read=lambda config, targets: {"gate": "layer", "last": config["adapter_layers"]},
-        # its form for fused projections (GPT-2) leaves out the output projection
-        fits=lambda adapter: adapter.cfg.gate == "layer" and all(s.features is None for s in adapter.sites))
+        fits=lambda adapter: adapter.cfg.gate == "layer" and adapter.home.family.peft_has_its_attention)
 
 
 class _Positions(LlamaAdapter):
