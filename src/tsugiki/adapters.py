@@ -157,7 +157,9 @@ class Adapters:
         self._check_name(name)
         if not isinstance(config, Config) or not config.parts:
             raise UserError(f"adapter {name!r}: {getattr(config, 'name', config)!r} is not a method that adds an adapter")
-        chosen = [(part, self._chosen(part, config)) for part in config.parts]
+        chosen = [(part, sites) for part in config.parts if (sites := self._chosen(part, config))]
+        if not chosen:
+            raise UserError(f"{config.name}: none of the sites that its targets name is left to edit")
         self.model.adapter_shared.add_module(key := f"of_{len(self.model.adapter_shared._modules)}_{name}".replace(".", "_"),
                                              shared := nn.ModuleDict())
         try:

@@ -5,12 +5,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 NOTHING = (None, False)
 # Fields that PEFT's configs of tuned modules share, with the values that ask for nothing.
 TUNER: dict[str, tuple] = {"task_type": (None, "CAUSAL_LM")} | dict.fromkeys(
     ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "trainable_token_indices"), NOTHING)
 # The same of its virtual tokens.
 VIRTUAL: dict[str, tuple] = {"task_type": (None, "CAUSAL_LM"), "num_transformer_submodules": (None, 1), "modules_to_save": (None,)}
+
+
+def only_linear(adapter: Any) -> bool:
+    """PEFT has some methods for nn.Linear, and not for GPT-2's Conv1D."""
+    return all(isinstance(site.exit, nn.Linear) for site in adapter.sites)
 
 
 @dataclass(frozen=True)
