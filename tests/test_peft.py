@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from peft import (
+    BeftConfig,
     BOFTConfig,
     IA3Config,
     LNTuningConfig,
@@ -31,7 +32,7 @@ from tsugiki.sites import FAMILIES, LINEAR_ROLES, sites
 CASES = [(k, {}) for k in FAMILIES if k != "falcon"] + [("falcon", v) for v in FALCONS.values()]
 NAMES = [k for k in FAMILIES if k != "falcon"] + [f"falcon-{k}" for k in FALCONS]
 family = pytest.mark.parametrize("kind, overrides", CASES, ids=NAMES)
-LINEAR_ONLY = ("loha", "lokr", "oft", "boft")         # what PEFT has no Conv1D for
+LINEAR_ONLY = ("loha", "lokr", "oft", "boft", "bitfit", "beft")         # what PEFT has no Conv1D for
 CLOSE = 1e-5                                          # float32: PEFT orders its sums otherwise
 
 
@@ -61,6 +62,7 @@ def theirs(model, name):
         "oft-constrained": lambda: OFTConfig(oft_block_size=16, coft=True, eps=1.5, num_cayley_neumann_terms=3, **random),
         "boft": lambda: BOFTConfig(boft_block_size=8, **random),
         "boft-blocks": lambda: BOFTConfig(boft_block_size=0, boft_block_num=4, **random),
+        "beft": lambda: BeftConfig(**random),
         "ln_tuning": lambda: LNTuningConfig(task_type="CAUSAL_LM", target_modules=last_names(model, ("norm",))),
         "lora": lambda: LoraConfig(lora_alpha=8, target_modules=last_names(model, LINEAR_ROLES), **lora),
         "rslora": lambda: LoraConfig(lora_alpha=6, use_rslora=True, target_modules=last_names(model, ("q", "qkv", "down")), **lora),
@@ -89,7 +91,7 @@ def peft_logits(model, x):
 @family
 @pytest.mark.parametrize("name", ["lora", "rslora", "all-linear", "regex", "head", "prompt", "prefix", "ia3", "ia3-outputs",
                                   "ia3-regex", "loha", "lokr", "lokr-both", "lokr-factor", "oft", "oft-cayley", "oft-shared",
-                                  "oft-constrained", "boft", "boft-blocks", "ln_tuning"])
+                                  "oft-constrained", "boft", "boft-blocks", "ln_tuning", "beft"])
 def test_peft_to_us_and_back(kind, overrides, name, tmp_path):
     if name == "prefix" and overrides == FALCONS["new_decoder"]:
         pytest.skip("this Falcon caches every query head's keys: PEFT's prefix is not one of its own keys (refused; tested below)")

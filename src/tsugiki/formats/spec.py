@@ -26,6 +26,7 @@ class Peft:
     kind: str                                         # peft_type
     fields: Mapping[str, str] = field(default_factory=dict)    # our config field -> PEFT's
     tensors: Mapping[str, str] = field(default_factory=dict)   # our parameter or buffer -> PEFT's name after the module's path
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)      # our vector -> how PEFT lays it: (-1, 1), (1, -1)
     virtual: bool = False                             # one "prompt_embeddings" table, the edits' `tokens` side by side
     constants: Mapping[str, Any] = field(default_factory=dict)   # fields that tell this method from others of its kind
     neutral: Mapping[str, tuple] = field(default_factory=dict)   # other fields -> the values that change nothing

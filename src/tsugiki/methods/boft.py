@@ -37,7 +37,7 @@ class BOFTEdit(Edit):
                             f"{config.factors} factors do not cut; the width must divide it, and be even and the number of "
                             f"blocks a multiple of {stretch} for more than one factor")
         self.R = start.parameter(f"{site.name}.R", config.factors, blocks, size, size)
-        self.s = start.parameter(f"{site.name}.s", site.d_out, 1, fill=lambda t, g: t.fill_(1.0))
+        self.s = start.parameter(f"{site.name}.s", site.d_out, fill=lambda t, g: t.fill_(1.0))
         orders = [butterfly(site.d_in, blocks // 2**i, size) if config.factors > 1 else torch.arange(site.d_in)
                   for i in range(config.factors)]
         self.register_buffer("order", torch.stack(orders).to(start.device), persistent=False)
@@ -58,13 +58,13 @@ class BOFTEdit(Edit):
     def post(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
         bias = self.base.bias()                       # the scale is the weight's, not the bias's
         plain = y if bias is None else y - bias.to(y.dtype)
-        return y + plain * (self.s[:, 0] - 1).to(y.dtype)
+        return y + plain * (self.s - 1).to(y.dtype)
 
     def merge(self, w: Tensor, b: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
         s, bias = self.s.to(w), self.base.bias()
         if b is not None:
-            b = b + (s[:, 0] - 1) * (b if bias is None else b - bias.to(b))
-        return s * w, b
+            b = b + (s - 1) * (b if bias is None else b - bias.to(b))
+        return s[:, None] * w, b
 
     def merge_input(self, w: Tensor, site: Site) -> Tensor:
         return self.turned(w, w, transpose=True)
@@ -83,8 +83,8 @@ class BOFT(Config):
     lr: ClassVar[float] = 1e-3
     peft: ClassVar[Peft] = Peft(
         "BOFT", fields={"size": "boft_block_size", "blocks": "boft_block_num", "factors": "boft_n_butterfly_factor"},
-        tensors={"R": "boft_R", "s": "boft_s"}, known=frozenset({"target_modules", "fan_in_fan_out"}), fits=only_linear,
-        size="boft_block_size",
+        tensors={"R": "boft_R", "s": "boft_s"}, shapes={"s": (-1, 1)}, fits=only_linear, size="boft_block_size",
+        known=frozenset({"target_modules", "fan_in_fan_out"}),
         neutral=TUNER | {"bias": ("none",), "boft_dropout": (0.0, 0), "init_weights": (True, False)},
         write=lambda adapter, names: {"boft_block_size": 0} if adapter.cfg.blocks else {},
         read=lambda config, targets: {} if config["boft_block_size"] else {"size": 4})

@@ -21,14 +21,14 @@ class OutputEdit(Edit):
 
     def __init__(self, config: IA3, site: Site, start: Start):
         super().__init__(config, site, start)
-        self.l = start.parameter(f"{site.name}.l", site.d_out, 1, fill=_ones)
+        self.l = start.parameter(f"{site.name}.l", site.d_out, fill=_ones)
 
     def post(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
-        return y * self.l[:, 0].to(y.dtype)
+        return y * self.l.to(y.dtype)
 
     def merge(self, w: Tensor, b: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
         l = self.l.to(w)
-        return l * w, None if b is None else l[:, 0] * b
+        return l[:, None] * w, None if b is None else l * b
 
 
 class InputEdit(Edit):
@@ -36,16 +36,16 @@ class InputEdit(Edit):
 
     def __init__(self, config: IA3, site: Site, start: Start):
         super().__init__(config, site, start)
-        self.l = start.parameter(f"{site.name}.l", 1, site.d_in, fill=_ones)
+        self.l_in = start.parameter(f"{site.name}.l_in", site.d_in, fill=_ones)
 
     def pre(self, x: Tensor, ctx: Context) -> Tensor:
-        return x * self.l[0].to(x.dtype)
+        return x * self.l_in.to(x.dtype)
 
     def merge(self, w: Tensor, b: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
         return w, b                                   # the output is the base's own
 
     def merge_input(self, w: Tensor, site: Site) -> Tensor:
-        return w * self.l.to(w)
+        return w * self.l_in.to(w)
 
 
 def _ones(tensor: Tensor, generator: torch.Generator) -> None:
@@ -77,7 +77,8 @@ class IA3(Config):
     edit: ClassVar[type[Edit]] = OutputEdit
     lr: ClassVar[float] = 3e-3
     peft: ClassVar[Peft] = Peft(
-        "IA3", tensors={"l": "ia3_l"}, size="target_modules", write=_written, read=_read,
+        "IA3", tensors={"l": "ia3_l", "l_in": "ia3_l"}, shapes={"l": (-1, 1), "l_in": (1, -1)}, size="target_modules",
+        write=_written, read=_read,
         known=frozenset({"target_modules", "feedforward_modules", "fan_in_fan_out"}),
         neutral=TUNER | {"init_ia3_weights": (True, *NOTHING)})
 

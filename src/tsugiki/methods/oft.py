@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -88,6 +89,16 @@ class OFTEdit(Edit):
         return rotated(w, self.change(w).mT)
 
 
+SINCE = "0.18.0"                                       # PEFT's series was another before
+
+
+def _read(config: dict[str, Any], targets: Any) -> dict[str, Any]:
+    version = str(config.get("peft_version") or "0")
+    if config.get("use_cayley_neumann", True) and [int(n) for n in re.findall(r"\d+", version)[:2]] < [0, 18]:
+        raise ValueError(f"peft_version: {version[:40]!r}: the series of use_cayley_neumann is that of PEFT {SINCE} and later")
+    return {} if config["oft_block_size"] else {"size": 32}
+
+
 @dataclass(frozen=True, kw_only=True)
 class OFT(Config):
     """OFT. Trains d_in * (size - 1) / 2 numbers a site; all start at 0: the identity."""
@@ -109,8 +120,7 @@ class OFT(Config):
         tensors={"R": "oft_R.weight"}, known=frozenset({"target_modules", "fan_in_fan_out"}), fits=only_linear,
         size="oft_block_size",
         neutral=TUNER | {"bias": ("none",), "module_dropout": (0.0, 0), "init_weights": (True, False)},
-        write=lambda adapter, names: {"oft_block_size": 0} if adapter.cfg.blocks else {},
-        read=lambda config, targets: {} if config["oft_block_size"] else {"size": 32})
+        write=lambda adapter, names: {"peft_version": SINCE} | ({"oft_block_size": 0} if adapter.cfg.blocks else {}), read=_read)
 
     def after_step(self, adapter: Any, step: int, steps: int) -> None:
         if self.constrained:                          # what is stepped from is what the forward uses
