@@ -94,7 +94,7 @@ def load(base: str = EMBEDDED, *, bits: int | None = None, dtype: str | torch.dt
     """
     path, where = base_path(base), device_of(device)
     chosen = dtype if isinstance(dtype, torch.dtype) else compute_dtype(dtype, where)
-    few = _few_bits_options(bits, chosen, where) if bits else {}
+    few = few_bits_options(bits, chosen, where) if bits else {}
     tokenizer = load_tokenizer(base, trust_remote_code)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=chosen, trust_remote_code=trust_remote_code, **few)
@@ -108,7 +108,7 @@ def load(base: str = EMBEDDED, *, bits: int | None = None, dtype: str | torch.dt
     return (model if stored else model.to(where)).eval(), tokenizer
 
 
-def _few_bits_options(bits: int, dtype: torch.dtype, device: torch.device) -> dict:
+def few_bits_options(bits: int, dtype: torch.dtype, device: torch.device) -> dict:
     """from_pretrained's arguments for a base in few bits; UserError where that cannot be."""
     if bits not in (4, 8):
         raise UserError(f"bits: {bits!r} is not one of 4, 8 (leave it out for 16 or 32)")
