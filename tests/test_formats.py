@@ -12,14 +12,13 @@ from tsugiki import formats
 from tsugiki.adapters import attach
 from tsugiki.errors import UserError
 from tsugiki.formats import disk
-from tsugiki.methods import BitFit, LoRA, Prefix, Prompt
+from tsugiki.methods import BitFit, LoRA, Prefix
 from tsugiki.sites import FAMILIES
 
 CONFIG, TENSORS, MANIFEST = disk.CONFIG, disk.TENSORS, disk.MANIFEST
 VARIANTS = METHOD_CASES | {
     "lora-parts": LoRA(rank=2, targets=("q", "v"), alpha=7.5, rslora=True), "lora-head": LoRA(rank=2, targets=("head",)),
-    "lora-regex": LoRA(rank=3, targets=r"\.1\..*(down|c_proj|fc2|4h_to_h|fc_out)"), "bitfit-o": BitFit(targets=("o",)),
-    "prompt-random": Prompt(tokens=2, start="random")}
+    "lora-regex": LoRA(rank=3, targets=r"\.1\..*(down|c_proj|fc2|4h_to_h|fc_out)"), "bitfit-o": BitFit(targets=("o",))}
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -31,12 +30,13 @@ def test_saving_and_loading_is_the_identity(kind, variant, tmp_path):
     one.save("a", tmp_path / "a", stop_ids=(5, 2, 2), base="org/base", extra={"note": "é"})
     two = attach(tiny(kind))
     again = two.load("b", tmp_path / "a")
-    assert again.cfg == cfg and list(again.parameters()) == list(adapter.parameters())
-    assert all(torch.equal(p, q) and p.dtype == q.dtype for p, q in
-               zip(adapter.parameters().values(), again.parameters().values(), strict=True))
-    assert torch.equal(one.model(ids(2)).logits, two.model(ids(2)).logits)
+    stored, tensors = adapter.cfg.stored(adapter)
+    assert again.cfg == stored and list(again.tensors()) == list(tensors)
+    assert all(torch.equal(p, q) and p.dtype == q.dtype for p, q in zip(tensors.values(), again.tensors().values(), strict=True))
+    with torch.no_grad():
+        assert difference(one.model(ids(2)).logits, two.model(ids(2)).logits) <= (0.0 if stored == cfg else 1e-5)
     manifest = formats.read_manifest(tmp_path / "a")
-    assert manifest["stop_ids"] == [2, 5] and manifest["extra"] == {"note": "é"} and manifest["method"] == cfg.name
+    assert manifest["stop_ids"] == [2, 5] and manifest["extra"] == {"note": "é"} and manifest["method"] == stored.name
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == sorted([CONFIG, TENSORS, MANIFEST])
 
 
