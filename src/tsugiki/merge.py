@@ -88,7 +88,7 @@ class Merged:
         w0, b0 = dense(module, kept.weight).double(), None if kept.bias is None else kept.bias.double()
         w, b = w0, b0
         for site, edit in edits:
-            w, b = _fold(edit, site, w, b)
+            w, b = fold(edit, site, w, b)
         write(module, w, b)
         pairs = [(dense(module).double(), w, w0)]
         if b is not None:
@@ -174,7 +174,7 @@ class Merged:
         return digest.hexdigest()
 
 
-def _fold(edit: Any, site: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def fold(edit: Any, site: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """One edit into a whole weight; a part of a fused weight is folded in place of its rows."""
     if site.features is None:
         return edit.merge(w, b, site)
