@@ -39,7 +39,7 @@ GRAPH: dict[str, set[str]] = {
     "train": {"config", "core", "data", "errors", "evaluate", "formats", "load", "memory", "methods", "sites", "train.loss"},
     "api": {"config", "core", "data", "errors", "evaluate", "load", "methods", "train"},
     "top": {"api", "config", "core", "errors", "load", "methods", "sites"},
-    "cli": {"api", "config", "core", "data", "errors", "evaluate", "formats", "load", "methods", "plan", "train"},
+    "cli": {"api", "combine", "config", "core", "data", "errors", "evaluate", "formats", "load", "methods", "plan", "train"},
 }
 # Imports against the stream, made inside a function when it is called. Each has its reason.
 UPWARD = {

@@ -51,7 +51,7 @@ def combine(home: Adapters, new: str, names: Mapping[str, float] | Sequence[str]
     Raises UserError, and adds nothing, for wrong settings and for an adapter that is not a change of linear weights.
     """
     weights = _weights(names)
-    _check(how, rank, density)
+    check(how, rank, density)
     home._check_name(new)
     sources = [home.get(name) for name in weights]
     made: dict[str, Factors] = {}
@@ -82,6 +82,7 @@ def convert(home: Adapters, name: str, new: str, rank: int | None = None) -> Com
     return combine(home, new, {name: 1.0}, rank=rank)
 
 
+@torch.no_grad()
 def change(adapter: Adapter) -> Iterator[tuple[Site, Tensor, Tensor | None]]:
     """What an adapter changes on the frozen weights, one site at a time: (site, dW (out, in), db (out,) or None), float64.
 
@@ -106,7 +107,8 @@ def _weights(names: Mapping[str, float] | Sequence[str] | str) -> dict[str, floa
     return dict(names)
 
 
-def _check(how: str, rank: int | None, density: float | None) -> None:
+def check(how: str, rank: int | None, density: float | None) -> None:
+    """Raises UserError for settings that do not fit each other."""
     if how not in HOWS:
         raise UserError(f"combine: how {how!r} is not known{nearest(str(how), HOWS)} (known: {' '.join(HOWS)})")
     if rank is not None and (type(rank) is not int or rank < 1):
