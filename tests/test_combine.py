@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from tsugiki import formats
 from tsugiki.adapters import attach
 from tsugiki.cli.main import main
-from tsugiki.combine import HOWS, change
+from tsugiki.combine import HOWS, _narrow_svd, change
 from tsugiki.edit import LINEARS, Config, Edit, setting
 from tsugiki.errors import UserError
 from tsugiki.formats.export import export_model
@@ -175,6 +175,16 @@ def test_without_a_rank_the_lora_is_as_narrow_as_the_change():
             edit.B[:, 3:] = edit.B[:, :3] @ torch.ones(3, 3, dtype=F64)       # rank 3, said in 6
     report = adapters.convert("a", "new")
     assert report.rank == 3 and report.error < 1e-12
+
+
+@family
+@pytest.mark.parametrize("width", [1, 4, 6, 9, 12])
+def test_a_dense_change_of_low_rank_is_found_whole_by_the_fast_way_and_by_the_slow(kind, width):
+    adapters = attach(tiny(kind, F64))
+    fill(adapters.add("a", LoRA(rank=width, targets=("o",))), seed=1)
+    dense = adapters.combine("new", {"a": 1.0}, how="magnitude", density=1.0)             # LoRA's factors are not looked at
+    assert dense.rank == width and dense.error < 1e-12
+    assert all((_narrow_svd(dw, 0.0) is not None) == (width < 8) for dw in moved(adapters.get("new")).values())
 
 
 def test_a_rank_that_is_not_needed_changes_nothing_and_can_be_trained():
@@ -544,7 +554,7 @@ def test_a_batch_of_weighted_rows_is_each_row_alone(kind):
         for key, grad in found.items():
             sums[key] = sums.get(key, 0) + grad
     assert difference(together, torch.cat(alone)) < EXACT
-    assert grads.keys() == sums.keys() and len(grads) > 100
+    assert grads.keys() == sums.keys() and len(grads) > 50
     assert all(difference(grads[k], sums[k]) < 1e-9 * (1 + float(sums[k].abs().max())) for k in grads)
 
 
