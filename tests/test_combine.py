@@ -21,7 +21,7 @@ from tsugiki import formats
 from tsugiki.adapters import attach
 from tsugiki.cli.main import main
 from tsugiki.combine import HOWS, _narrow_svd, change
-from tsugiki.edit import LINEARS, Config, Edit, setting
+from tsugiki.edit import LINEARS, Config, Edit, Frozen, setting
 from tsugiki.errors import UserError
 from tsugiki.formats.export import export_model
 from tsugiki.methods import BitFit, LoRA, Prompt
@@ -42,7 +42,10 @@ class Turn(Edit):
         return x + x @ self.M.to(x).T
 
     def merge(self, w, b, site):
-        return w + w @ self.M.to(w), b
+        return w, b
+
+    def merge_input(self, w, site):
+        return w + w @ self.M.to(w)
 
 
 class Stretch(Edit):
@@ -110,7 +113,7 @@ def refusal(adapter):
     for site, edit in adapter.edits.values():
         if site.role not in LINEARS:
             return "is no linear"
-        b = torch.linspace(1, 2, site.d_out, dtype=F64) if getattr(site.exit, "bias", None) is not None else None
+        b = Frozen(site).bias()
         after = edit.merge(torch.ones(site.d_out, site.d_in, dtype=F64), b, site)[1]
         if after is not None and (b is None or not torch.equal(after, b)):
             return "changes the bias of"
@@ -119,8 +122,10 @@ def refusal(adapter):
 
 def adds(adapter):
     """Whether its change is the same whatever the weight is."""
+    def delta(site, edit, w):
+        return edit.merge_input(edit.merge(w, None, site)[0], site) - w
     with torch.no_grad():
-        return all(difference(edit.merge(w, None, site)[0] - w, edit.merge(2 * w, None, site)[0] - 2 * w) < 1e-12
+        return all(difference(delta(site, edit, w), delta(site, edit, 2 * w)) < 1e-12
                    for site, edit in adapter.edits.values() for w in [torch.ones(site.d_out, site.d_in, dtype=F64)])
 
 

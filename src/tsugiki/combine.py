@@ -163,10 +163,7 @@ def _moved(source: Adapter, module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """(dW, db) of all its edits on a module, folded in their order into the weight from before any merge."""
     w0, b0 = unmerged(module)
     w0, b0 = dense(module, w0).double(), None if b0 is None else b0.double()
-    w, b = w0, b0
-    for site, edit in source.edits.values():
-        if site.exit is module:
-            w, b = fold(edit, site, w, b)
+    w, b = fold([pair for pair in source.edits.values() if pair[0].exit is module], w0, b0)
     return w - w0, b if b is None or b0 is None else b - b0
 
 
@@ -212,7 +209,7 @@ def _low_rank(sources: Sequence[Adapter], weights: Mapping[str, float], site: Si
         for place, edit in source.edits.values():
             if place.exit is not site.exit or site.features is not None and not _same_rows(place, site):
                 continue
-            if type(edit).merge is not LoRAEdit.merge:
+            if (type(edit).merge, type(edit).merge_input) != (LoRAEdit.merge, LoRAEdit.merge_input):
                 return None
             b = weights[source.name] * edit.scale * edit.B.double()
             if place.features is not None and site.features is None:          # a part joins the whole
