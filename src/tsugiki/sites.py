@@ -262,3 +262,15 @@ def select(all_sites: Sequence[Site], targets: tuple[str, ...] | str, allowed: t
         if not any(s.role == role for s in here):
             raise UserError(f"{who}: no site has the role {role!r}{nearest(role, roles.split())} (roles here: {roles})")
     return [s for s in here if s.role in wanted]
+
+
+def shortest(all_sites: Sequence[Site], names: set[str], usual: tuple[str, ...] | str = ()) -> tuple[str, ...] | str:
+    """The shortest `targets` that name exactly these sites: "linear", a method's usual roles, roles, one regex."""
+    if names == {s.name for s in all_sites if s.role in LINEAR_ROLES and s.features is None}:
+        return "linear"
+    if isinstance(usual, tuple) and names == {s.name for s in all_sites if s.role in usual}:
+        return usual
+    roles = tuple(r for r in ROLES if any(s.role == r and s.name in names for s in all_sites))
+    if names == {s.name for s in all_sites if s.role in roles}:
+        return roles
+    return "^(" + "|".join(re.escape(n) for n in sorted(names)) + ")$"

@@ -14,7 +14,7 @@ from ..adapters import Adapter, Adapters
 from ..edit import Config
 from ..errors import UserError, nearest
 from ..methods import METHODS
-from ..sites import LINEAR_ROLES, ROLES, Site
+from ..sites import Site, shortest
 from ..tap import Unsaved
 from ..weights import transposed
 from . import native
@@ -201,15 +201,7 @@ def _targeted(adapters: Adapters, config: dict[str, Any], path: Path) -> set[str
 
 
 def _shortest(adapters: Adapters, cls: type[Config], names: set[str]) -> tuple[str, ...] | str:
-    whole = {s.name for s in adapters.sites if s.role in LINEAR_ROLES and s.features is None}
-    if names == whole:
-        return "linear"
-    if {s.name for s in adapters.sites if s.role in (default := getattr(cls(), "targets", ()))} == names:
-        return default
-    roles = tuple(r for r in ROLES if any(s.role == r and s.name in names for s in adapters.sites))
-    if {s.name for s in adapters.sites if s.role in roles} == names:
-        return roles
-    return "^(" + "|".join(re.escape(n) for n in sorted(names)) + ")$"
+    return shortest(adapters.sites, names, getattr(cls(), "targets", ()))
 
 
 def read(adapters: Adapters, name: str, cfg: Config, config: dict[str, Any], tensors: dict[str, Tensor], path: Path,
