@@ -125,7 +125,7 @@ ON_CONFIG = {
     "a target with no tensors": (lambda d: d["target_modules"].append("lm_head"),
                                  "base_model.model.lm_head.lora_A.weight is missing"),
     "a target that is no linear": (lambda d: d["target_modules"].append("embed_tokens"),
-                                   "matches model.embed_tokens, which is not a linear"),
+                                   "matches model.embed_tokens, which is nothing that lora can sit on"),
     "fewer targets": (lambda d: d["target_modules"].remove("q_proj"), "belongs to a module that target_modules does not name"),
     "a regex that never ends": (set_("target_modules", "(.+)+_never"), "repeats what repeats"),
     "targets that are no regex": (set_("target_modules", "("), "is not a regular expression"),
