@@ -45,7 +45,8 @@ def write(adapter: Adapter, cfg: Config, tensors: dict[str, Tensor],
     """PEFT's config and tensors of an adapter, from what `cfg.stored` gave."""
     spec = cfg.peft
     config = {"peft_type": spec.kind, "task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": base}
-    config |= {theirs: _plain(getattr(cfg, ours)) for ours, theirs in spec.fields.items()} | dict(spec.constants)
+    values = {theirs: _plain(getattr(cfg, ours)) for ours, theirs in spec.fields.items()}
+    config |= {key: value for key, value in values.items() if value is not None} | dict(spec.constants)   # None: PEFT's default
     found = _named(adapter)
 
     def names(sites: Iterable[Site]) -> list[str]:
@@ -59,7 +60,7 @@ def write(adapter: Adapter, cfg: Config, tensors: dict[str, Tensor],
         config["fan_in_fan_out"] = any(isinstance(s.exit, Conv1D) for s in found)
     written = {f"{PREFIX}{spec.path(s)}.{theirs}": tensors[f"{s.name}.{ours}"]
                for s in found for ours, theirs in spec.tensors.items() if f"{s.name}.{ours}" in tensors}
-    written |= {theirs: tensors[f"shared.{ours}"] for ours, theirs in spec.shared.items()}
+    written |= {theirs: tensors[f"shared.{ours}"] for ours, theirs in spec.shared.items() if f"shared.{ours}" in tensors}
     return config | spec.write(adapter, names), written
 
 
@@ -222,7 +223,8 @@ def read(adapters: Adapters, name: str, cfg: Config, config: dict[str, Any], ten
             mine = adapter.tensors()
             keys = {f"{s.name}.{ours}": f"{PREFIX}{spec.path(s)}.{theirs}" for s in _named(adapter)
                     for ours, theirs in spec.tensors.items() if f"{s.name}.{ours}" in mine}
-            native.fill(adapter, keys | {f"shared.{ours}": theirs for ours, theirs in spec.shared.items()}, tensors, file)
+            keys |= {f"shared.{ours}": theirs for ours, theirs in spec.shared.items() if f"shared.{ours}" in mine}
+            native.fill(adapter, keys, tensors, file)
     except BaseException:
         adapters.remove(name)
         raise
