@@ -10,10 +10,10 @@ from tsugiki.api import evaluate, generate, train, train_run
 from tsugiki.config import DataConfig, EvalConfig, RunConfig, TrainConfig
 from tsugiki.errors import RunError, UserError
 from tsugiki.load import load
-from tsugiki.methods import BitFit, DoRA, Full, LoRA, LoRAPlus, OLoRA, PiSSA, Prefix, Prompt
+from tsugiki.methods import EVA, AdaLoRA, BitFit, DoRA, Full, LoRA, LoRAPlus, OLoRA, PiSSA, Prefix, Prompt, VeRA
 from tsugiki.sites import Family, Site, sites
 
 __version__ = "0.1.0"
-__all__ = ["Adapters", "BitFit", "DataConfig", "DoRA", "EvalConfig", "Family", "Full", "LoRA", "LoRAPlus", "OLoRA", "PiSSA",
-           "Prefix", "Prompt", "RunConfig", "RunError", "Site", "TrainConfig", "UserError", "attach", "evaluate", "generate",
-           "load", "sites", "train", "train_run"]
+__all__ = ["AdaLoRA", "Adapters", "BitFit", "DataConfig", "DoRA", "EVA", "EvalConfig", "Family", "Full", "LoRA", "LoRAPlus",
+           "OLoRA", "PiSSA", "Prefix", "Prompt", "RunConfig", "RunError", "Site", "TrainConfig", "UserError", "VeRA", "attach",
+           "evaluate", "generate", "load", "sites", "train", "train_run"]
