@@ -102,11 +102,13 @@ def put(value):
 
 ON_CONFIG = {
     "unknown field": (set_("use_magic", True), "use_magic: not a field of LORA"),
-    "dora": (set_("use_dora", True), "use_dora: 'True' is not supported"),
+    "dora": (set_("use_dora", True), "lora_magnitude_vector is missing"),
     "bias": (set_("bias", "all"), "bias: 'all' is not supported (supported: 'none')"),
     "modules to save": (set_("modules_to_save", ["lm_head"]), "modules_to_save: \"['lm_head']\" is not supported"),
-    "rank pattern": (set_("rank_pattern", {"q_proj": 2}), "rank_pattern"),
-    "alpha pattern": (set_("alpha_pattern", {"q_proj": 2}), "alpha_pattern"),
+    "rank pattern": (set_("rank_pattern", {"q_proj": 2}), "has shape (4, 64), expected (2, 64)"),
+    "alpha of a module that is not there": (set_("alpha_pattern", {"w_pack": 2}), "alphas: 'w_pack' matches no targeted site"),
+    "alpha of another kind": (set_("alpha_pattern", {"q_proj": "2"}), "alphas: q_proj must be a number, got '2'"),
+    "a pattern that never ends": (set_("alpha_pattern", {"(.+)+_never": 2}), "repeats what repeats"),
     "layers": (set_("layers_to_transform", [0]), "layers_to_transform"),
     "pissa": (set_("init_lora_weights", "pissa"), "init_lora_weights: 'pissa' is not supported"),
     "a task that is not language modelling": (set_("task_type", "SEQ_CLS"), "task_type: 'SEQ_CLS' is not supported"),

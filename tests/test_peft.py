@@ -42,6 +42,12 @@ def last_names(model, roles):
     return sorted({s.name.rsplit(".", 1)[1] for s in sites(model) if s.role in roles and s.features is None and s.name == s.module})
 
 
+def patterns(model, value):
+    """One module by its whole name, one by the end of its name, as a regex."""
+    downs = [s.name for s in sites(model) if s.role == "down"]
+    return {downs[0]: value, downs[1].partition(".")[2].replace(".", r"\."): value + 2}
+
+
 def theirs(model, name):
     """PEFT's config for one of the methods PEFT has."""
     fan = type(model).__name__.startswith("GPT2")
@@ -71,6 +77,10 @@ def theirs(model, name):
         "all-linear": lambda: LoraConfig(target_modules="all-linear", **lora),
         "regex": lambda: LoraConfig(target_modules=r".*\.1\..*(q_proj|c_attn|qkv_proj|query_key_value)", **lora),
         "head": lambda: LoraConfig(target_modules=["lm_head"], **(lora | {"fan_in_fan_out": False})),
+        "ranks": lambda: LoraConfig(target_modules=last_names(model, LINEAR_ROLES), rank_pattern=patterns(model, 6),
+                                    alpha_pattern=patterns(model, 11), **(lora | {"init_lora_weights": "orthogonal"})),
+        "lora-bias": lambda: LoraConfig(lora_bias=True, target_modules=last_names(model, LINEAR_ROLES), **lora),
+        "dora": lambda: LoraConfig(use_dora=True, target_modules=last_names(model, LINEAR_ROLES), **lora),
         "prompt": lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
         "prefix": lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, token_dim=kv.d_out,
                                              num_attention_heads=kv.d_out // kv.head_dim, num_layers=2),
@@ -95,9 +105,10 @@ def peft_logits(model, x):
 
 
 @family
-@pytest.mark.parametrize("name", ["lora", "rslora", "all-linear", "regex", "head", "prompt", "prefix", "ptuning", "encoded prefix",
-                                  "ia3", "ia3-outputs", "ia3-regex", "loha", "lokr", "lokr-both", "lokr-factor", "oft",
-                                  "oft-cayley", "oft-shared", "oft-constrained", "boft", "boft-blocks", "ln_tuning", "beft"])
+@pytest.mark.parametrize("name", ["lora", "rslora", "all-linear", "regex", "head", "ranks", "lora-bias", "dora", "prompt", "prefix",
+                                  "ptuning", "encoded prefix", "ia3", "ia3-outputs", "ia3-regex", "loha", "lokr", "lokr-both",
+                                  "lokr-factor", "oft", "oft-cayley", "oft-shared", "oft-constrained", "boft", "boft-blocks",
+                                  "ln_tuning", "beft"])
 def test_peft_to_us_and_back(kind, overrides, name, tmp_path):
     if "prefix" in name and overrides == FALCONS["new_decoder"]:
         pytest.skip("this Falcon caches every query head's keys: PEFT's prefix is not one of its own keys (refused; tested below)")
@@ -194,8 +205,9 @@ def test_pefts_prefix_for_a_base_whose_cache_repeats_keys_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("options, says", [
-    (dict(use_dora=True), "use_dora"), (dict(bias="lora_only"), "bias"), (dict(modules_to_save=["lm_head"]), "modules_to_save"),
-    (dict(rank_pattern={"v_proj": 2}), "rank_pattern"), (dict(layers_to_transform=[0]), "layers_to_transform"),
+    (dict(init_lora_weights="pissa"), "init_lora_weights"), (dict(init_lora_weights="olora"), "init_lora_weights"),
+    (dict(bias="lora_only"), "bias"), (dict(modules_to_save=["lm_head"]), "modules_to_save"),
+    (dict(layers_to_transform=[0]), "layers_to_transform"),
     (dict(exclude_modules=["k_proj"]), "exclude_modules"), (dict(trainable_token_indices=[1]), "trainable_token_indices")])
 def test_features_we_do_not_have_are_refused_by_name(options, says, tmp_path):
     wrapped = get_peft_model(tiny("llama"), LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options))

@@ -46,7 +46,8 @@ def write(adapter: Adapter, cfg: Config, tensors: dict[str, Tensor],
     """PEFT's config and tensors of an adapter, from what `cfg.stored` gave."""
     spec = cfg.peft
     config = {"peft_type": spec.kind, "task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": base}
-    config |= {theirs: _plain(getattr(cfg, ours)) for ours, theirs in spec.fields.items()} | dict(spec.constants)
+    values = {theirs: _plain(getattr(cfg, ours)) for ours, theirs in spec.fields.items()}
+    config |= {key: value for key, value in values.items() if value is not None} | dict(spec.constants)   # None: PEFT's default
     found = _named(adapter)
 
     def names(sites: Iterable[Site]) -> list[str]:
@@ -60,7 +61,7 @@ def write(adapter: Adapter, cfg: Config, tensors: dict[str, Tensor],
         config["fan_in_fan_out"] = any(transposed(s.exit) for s in found)
     written = {f"{PREFIX}{spec.path(s)}.{theirs}": t.reshape(spec.shapes.get(ours, t.shape))
                for s in found for ours, theirs in spec.tensors.items() if (t := tensors.get(f"{s.name}.{ours}")) is not None}
-    written |= {theirs: tensors[f"shared.{ours}"] for ours, theirs in spec.shared.items()}
+    written |= {theirs: tensors[f"shared.{ours}"] for ours, theirs in spec.shared.items() if f"shared.{ours}" in tensors}
     return config | spec.write(adapter, names), written
 
 
@@ -217,7 +218,8 @@ def read(adapters: Adapters, name: str, cfg: Config, config: dict[str, Any], ten
                     for ours, theirs in spec.tensors.items() if f"{s.name}.{ours}" in mine}
             tensors = tensors | {theirs: _flat(tensors[theirs], mine[key], shape, theirs, file) for key, theirs in keys.items()
                                  if (shape := spec.shapes.get(key.rpartition(".")[2])) and theirs in tensors}
-            native.fill(adapter, keys | {f"shared.{ours}": theirs for ours, theirs in spec.shared.items()}, tensors, file)
+            keys |= {f"shared.{ours}": theirs for ours, theirs in spec.shared.items() if f"shared.{ours}" in mine}
+            native.fill(adapter, keys, tensors, file)
     except BaseException:
         adapters.remove(name)
         raise
