@@ -23,6 +23,8 @@ from .disk import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..adapters import Adapter, Adapters
 
 VERSION = 1
@@ -35,9 +37,9 @@ def save(adapter: Adapter, path: str | Path, *, stop_ids: Iterable[int] = (), ba
     stop_ids: token ids that end an answer; base: where the base came from; extra: any JSON object to keep with it.
     Raises UserError for tensors that are not finite, and for a folder that holds other things.
     """
-    from . import native, peft  # they know adapters; adapters know only this module
+    from . import native
     folder = Path(path)
-    config, tensors = peft.write(adapter, base) if peft.writable(adapter) else native.write(adapter)
+    config, tensors = contents(adapter, base)
     data, packed = to_json(config), pack_tensors(tensors, folder / TENSORS)
     manifest = {"tsugiki": VERSION, "method": adapter.cfg.name, "settings": native.settings(adapter.cfg),
                 "base": adapter.home.fingerprint(), "stop_ids": sorted(set(map(int, stop_ids))), "extra": extra or {},
@@ -45,6 +47,12 @@ def save(adapter: Adapter, path: str | Path, *, stop_ids: Iterable[int] = (), ba
     manifest["self"] = _self_hash(manifest)
     write_folder(folder, {TENSORS: packed, CONFIG: data, MANIFEST: to_json(manifest)})
     return folder
+
+
+def contents(adapter: Adapter, base: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the tensors that `save` writes: in PEFT's form where PEFT has the method, else in ours."""
+    from . import native, peft  # they know adapters; adapters know only this module
+    return peft.write(adapter, base) if peft.writable(adapter) else native.write(adapter)
 
 
 def load(adapters: Adapters, name: str, path: str | Path, *, check_base: bool = True) -> Adapter:
