@@ -17,6 +17,7 @@ MAX_DEPENDENCIES = 8
 # A unit is a module or a whole package; the longest name that fits a module is its unit.
 UNITS = {
     "core": ("route", "edit", "tap", "virtual", "merge", "adapters"),
+    "plan": ("plan", "rehearsal", "rates"),
     "top": ("",),                                     # tsugiki/__init__.py, the public names
 }
 # What each unit imports, bottom first: a unit may import only what stands above it in this table, and all of it is used.
@@ -31,11 +32,11 @@ GRAPH: dict[str, set[str]] = {
     "methods": {"core", "errors", "formats.spec", "sites"},
     "formats": {"core", "errors", "load", "methods", "sites"},
     "data": {"errors"},
-    "plan": {"core", "errors", "load", "methods", "sites"},
     "config": {"data", "errors"},
-    "train.loss": {"data"},                           # the trainer's and the evaluator's
+    "train.loss": {"core", "data"},                           # the trainer's and the evaluator's
     "evaluate": {"config", "data", "errors", "load", "train.loss"},
     "train": {"config", "core", "data", "errors", "evaluate", "formats", "load", "memory", "methods", "sites", "train.loss"},
+    "plan": {"config", "core", "data", "errors", "evaluate", "formats", "load", "methods", "train"},
     "api": {"config", "core", "data", "errors", "evaluate", "load", "methods", "train"},
     "top": {"api", "config", "core", "errors", "load", "methods", "sites"},
     "cli": {"api", "config", "core", "data", "errors", "evaluate", "formats", "load", "methods", "plan", "train"},

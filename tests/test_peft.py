@@ -6,13 +6,14 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from tiny import FALCONS, METHOD_CASES, attached, difference, fill, ids, tiny
 
 from tsugiki.adapters import attach
 from tsugiki.errors import UserError
 from tsugiki.formats import disk
 from tsugiki.formats import peft as ours
-from tsugiki.methods import LoRA, Prefix, Prompt
+from tsugiki.methods import METHODS, LoRA
 from tsugiki.sites import FAMILIES, LINEAR_ROLES, sites
 
 CASES = [(k, {}) for k in FAMILIES if k != "falcon"] + [("falcon", v) for v in FALCONS.values()]
@@ -130,13 +131,13 @@ def test_our_reading_of_target_modules_is_pefts(kind):
         assert expected is None or got == expected, (kind, targets)
 
 
-def test_every_field_of_the_installed_peft_is_known_here():
-    """Our table of neutral values covers what this PEFT writes; a new field would be noticed here, not by a user."""
-    for cls, kind in ((LoraConfig, "LORA"), (PromptTuningConfig, "PROMPT_TUNING"), (PrefixTuningConfig, "PREFIX_TUNING")):
-        known = ours.FREE | ours.DESCRIBED[kind] | ours.NEUTRAL[kind].keys()
-        known |= set(next(c.peft for c in (LoRA, Prompt, Prefix) if c.peft.kind == kind).fields.values())
-        fields = {f.name for f in dataclasses.fields(cls)} - {"runtime_config"}
-        assert fields <= known, f"peft {peft.__version__}: {fields - known}"
+@pytest.mark.parametrize("name", [n for n, c in METHODS.items() if c.peft])
+def test_every_field_of_the_installed_peft_is_known_here(name):
+    """What a method declares covers what this PEFT writes; a new field would be noticed here, not by a user."""
+    spec = METHODS[name].peft
+    known = ours.FREE | spec.known | spec.neutral.keys() | spec.constants.keys() | set(spec.fields.values())
+    fields = {f.name for f in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[spec.kind]])}
+    assert fields <= known, f"peft {peft.__version__}: {fields - known}"
 
 
 def test_pefts_prefix_for_a_base_whose_cache_repeats_keys_is_refused(tmp_path):

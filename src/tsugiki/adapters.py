@@ -3,19 +3,19 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .edit import Config, Edit, Start, changes_input
+from .edit import Config, Edit, Start, changes_input, kept_buffers, mergeable
 from .errors import UserError, nearest
 from .merge import Merged, MergeReport
-from .route import using
+from .route import prompting, using
 from .sites import Family, Site, family_of, select, sites
 from .tap import Unsaved, install
 from .virtual import enter, enter_part, leave
@@ -32,14 +32,38 @@ class Adapter:
     home: Adapters
 
     @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(site for site, _ in self.edits.values())
+
+    @property
     def virtual(self) -> int:
         """Virtual tokens it adds to a row."""
-        return self.cfg.tokens if self.cfg.edit.virtual else 0
+        return next((part.tokens for part in self.cfg.parts if part.edit.virtual), 0)
+
+    @property
+    def needs_places(self) -> bool:
+        """Whether it must know where prompts end (Context.places)."""
+        return any(edit.needs_places for _, edit in self.edits.values())
+
+    @property
+    def mergeable(self) -> bool:
+        return all(mergeable(edit) for _, edit in self.edits.values())
+
+    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
+        yield from ((f"{site}.", edit) for site, (_, edit) in self.edits.items())
+        yield "shared.", self.shared
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Its trained tensors, keyed by site name + "." + parameter name, in site order; then what its edits share."""
-        found = {f"{site}.{key}": p for site, (_, edit) in self.edits.items() for key, p in edit.named_parameters()}
-        return found | {f"shared.{key}": p for key, p in self.shared.named_parameters() if p.requires_grad}
+        return {prefix + key: p for prefix, module in self._modules() for key, p in module.named_parameters()}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What it keeps beside them and is not trained: fixed projections, starts, what a schedule remembers."""
+        return {prefix + key: t for prefix, module in self._modules() for key, t in kept_buffers(module)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that makes it what it is: parameters, then buffers."""
+        return {key: p.detach() for key, p in self.parameters().items()} | self.buffers()
 
 
 class Shared(Unsaved):
@@ -53,11 +77,11 @@ class _Generate:
         self.model = model
 
     def __call__(self, *args: Any, adapter_ids: Any = None, **kwargs: Any) -> Any:
-        generate = type(self.model).generate
-        if adapter_ids is None:
-            return generate(self.model, *args, **kwargs)
-        with self.model.adapters.use(adapter_ids):
-            return generate(self.model, *args, **kwargs)
+        inputs = (*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
+        given = next((x for x in inputs if x is not None), None)
+        choice = self.model.adapters.use(adapter_ids) if adapter_ids is not None else nullcontext()
+        with choice, prompting(given.shape[1] if isinstance(given, Tensor) else None):
+            return type(self.model).generate(self.model, *args, **kwargs)
 
 
 class Adapters:
@@ -70,6 +94,7 @@ class Adapters:
         self.arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.checkpointed = tuple(m for m in model.modules() if hasattr(m, "gradient_checkpointing"))
         self.virtual: dict[str, tuple[int, str]] = {}             # adapter -> (virtual tokens, their kind of position)
+        self.placed: set[str] = set()                             # adapters that read Context.places
         self._adapters: dict[str, Adapter] = {}
         self._active: tuple[str, ...] = ()
         self._merged = Merged(self)
@@ -124,35 +149,51 @@ class Adapters:
         """The trained tensors of these adapters, or of all."""
         return [p for name in names or self._adapters for p in self.get(name).parameters().values()]
 
-    def add(self, name: str, config: Config, *, seed: int = 0) -> Adapter:
-        """Attach a new adapter; the first one becomes the default. Raises UserError for a bad name, config or target."""
+    def add(self, name: str, config: Config, *, seed: int = 0, tokenizer: Any = None) -> Adapter:
+        """Attach a new adapter; the first one becomes the default. Raises UserError for a bad name, config or target.
+
+        tokenizer: only for methods that start from a text.
+        """
         self._check_name(name)
-        if not isinstance(config, Config) or config.edit is None:
+        if not isinstance(config, Config) or not config.parts:
             raise UserError(f"adapter {name!r}: {getattr(config, 'name', config)!r} is not a method that adds an adapter")
-        chosen = select(self.sites, config.targets, config.edit.roles, config.name)
+        chosen = [(part, self._chosen(part, config)) for part in config.parts]
         self.model.adapter_shared.add_module(key := f"of_{len(self.model.adapter_shared._modules)}_{name}".replace(".", "_"),
                                              shared := nn.ModuleDict())
         try:
-            edits = {site.name: (site, self._make(config, site, seed, shared)) for site in chosen}
+            made = {}
+            for part, sites in chosen:
+                start = Start(seed, device_of(sites[0].exit), self._dtype(), shared, name, tuple(sites), self.sites, tokenizer)
+                for site in sites:
+                    place = replace(start, device=device_of(site.exit))
+                    made[site.name] = (site, part.edit(part, site, place).train(self.model.training))
         except Exception:
             delattr(self.model.adapter_shared, key)
             raise
+        edits = {site.name: made[site.name] for site in self.sites if site.name in made}
         for site, edit in edits.values():
             self._taps[site.name].add(name, edit)
-        if config.edit.virtual:
-            self.virtual[name] = (config.tokens, config.edit.virtual)
+        for part in config.parts:
+            if part.edit.virtual:
+                self.virtual[name] = (part.tokens, part.edit.virtual)
         self._adapters[name] = adapter = Adapter(name, config, edits, shared, self)
+        if adapter.needs_places:
+            self.placed.add(name)
         if len(self._adapters) == 1:
             self.active = name
         return adapter
 
-    def _make(self, config: Config, site: Site, seed: int, shared: nn.ModuleDict) -> Edit:
-        dtype = torch.float64 if next(self.model.parameters()).dtype == torch.float64 else torch.float32
-        edit = config.edit(config, site, Start(seed, device_of(site.exit), dtype, shared)).train(self.model.training)
-        if changes_input(edit) and (site.features is not None or site.span):
-            raise UserError(f"{config.name} changes its site's input, which {site.name} shares with others; target "
+    def _chosen(self, part: Config, config: Config) -> Sequence[Site]:
+        sites = part.pick(select(self.sites, part.targets, part.edit.roles, config.name))
+        shared = next((s for s in sites if s.features is not None or s.span), None)
+        if shared is not None and changes_input(part.edit):
+            raise UserError(f"{config.name} changes its site's input, which {shared.name} shares with others; target "
                             "whole linears (\"linear\")")
-        return edit
+        return sites
+
+    def _dtype(self) -> torch.dtype:
+        """Of a new adapter's tensors."""
+        return torch.float64 if next(self.model.parameters()).dtype == torch.float64 else torch.float32
 
     def _check_name(self, name: str) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
@@ -171,11 +212,13 @@ class Adapters:
             if shared is adapter.shared:
                 delattr(self.model.adapter_shared, key)
         self.virtual.pop(name, None)
+        self.placed.discard(name)
         del self._adapters[name]
         self.active = tuple(n for n in self._active if n != name)
 
-    def use(self, ids: str | tuple[str, ...] | Sequence[str | tuple[str, ...] | None] | None) -> AbstractContextManager:
-        """Which adapters each row uses inside the block, in this thread: a name or a stack for all, a list, or None."""
+    def use(self, ids: str | tuple[str, ...] | dict[str, float] | Sequence[Any] | None) -> AbstractContextManager:
+        """Which adapters each row uses inside the block, in this thread: a name, a tuple of names (applied in that order) or
+        names with the weights of their changes, for all rows; a list with one of these a row; or None."""
         return using(self, ids)
 
     def merge(self, name: str) -> MergeReport:

@@ -5,7 +5,7 @@ import hashlib
 import math
 import types
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .errors import UserError
 from .route import Context
 from .sites import LINEAR_ROLES, Site
+from .weights import dense, unmerged
 
 LINEARS = (*LINEAR_ROLES, "head")                     # where a change of a weight can sit
 
@@ -30,9 +31,38 @@ def setting(default: Any = MISSING, help: str = "", *, low: float | None = None,
 class Config:
     """Base of every method's config: frozen, keyword-only, and it checks itself. Raises UserError."""
     name: ClassVar[str]                               # what the method is called on the command line and on disk
-    edit: ClassVar[type[Edit] | None] = None          # its Edit; None: the method trains the base itself
+    edit: ClassVar[type[Edit] | None] = None          # its Edit; None: see `parts`
     lr: ClassVar[float]                               # the learning rate to start from
     peft: ClassVar[Any] = None                        # how Hugging Face PEFT writes it (formats.peft), if PEFT has it
+
+    @property
+    def parts(self) -> tuple[Config, ...]:
+        """The configs whose edits make up an adapter: itself, several for a combination, none if it trains the base itself."""
+        return () if self.edit is None else (self,)
+
+    def pick(self, sites: Sequence[Site]) -> Sequence[Site]:
+        """Of the sites that `targets` selected, those it edits."""
+        return sites
+
+    # What a method may do around the training loop. All are called with the Adapter; none is called outside of training.
+
+    def prepare(self, adapter: Any, forward: Callable[[], Any]) -> None:
+        """Before the first step: `forward()` runs the model over some training rows, for a start that is made from data."""
+
+    def lr_scale(self, key: str) -> float:
+        """What the learning rate of the trained tensor `key` is multiplied with."""
+        return 1.0
+
+    def penalty(self, adapter: Any) -> Tensor | None:
+        """Added to the loss of every step, once."""
+        return None
+
+    def after_step(self, adapter: Any, step: int, steps: int) -> None:
+        """After the optimizer's update number `step` (from 1) of `steps`, with the gradients still there."""
+
+    def stored(self, adapter: Any) -> tuple[Config, dict[str, Tensor]]:
+        """What is written to disk: a config and its tensors, by name. Both may be smaller than what is trained."""
+        return self, adapter.tensors()
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -56,11 +86,11 @@ class Config:
 
 
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "a list of texts",
-         type(None): "nothing"}
+         dict: "names with numbers", type(None): "nothing"}
 
 
 def _typed(value: Any, kind: Any, where: str) -> Any:
-    """`value` as the annotation `kind` (int float bool str tuple[str, ...] None, and unions), or one line on why not."""
+    """`value` as the annotation `kind` (int float bool str tuple[str, ...] dict[str, ...] None, unions), or a line on why not."""
     options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     for option in options:
         base = get_origin(option) or option
@@ -68,10 +98,29 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
             return float(value)
         if base is tuple and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value) and value:
             return tuple(value)
-        if base not in (tuple, float) and type(value) is base:
+        if base is dict and isinstance(value, dict):
+            return {_typed(k, str, where): _typed(v, get_args(option)[1], f"{where}: {k}") for k, v in value.items()}
+        if base not in (tuple, float, dict) and type(value) is base:
             return value
     wanted = " or ".join(NAMES[get_origin(o) or o] for o in options)
     raise UserError(f"{where} must be {wanted}, got {value!r}")
+
+
+class Frozen:
+    """A look at a site's frozen weight. A plain object, so that the edit that keeps one does not own the base's module."""
+
+    def __init__(self, site: Site):
+        self.module, self.features = site.exit, site.features
+
+    def weight(self) -> Tensor:
+        """Dense (d_out, d_in), as before any merge; the rows of the site where it is a part of a fused weight."""
+        w = dense(self.module, unmerged(self.module)[0])
+        return w if self.features is None else w[self.features.to(w.device)]
+
+    def bias(self) -> Tensor | None:
+        """(d_out,), as before any merge, or None."""
+        b = unmerged(self.module)[1]
+        return b if b is None or self.features is None else b[self.features.to(b.device)]
 
 
 @dataclass(frozen=True)
@@ -81,6 +130,10 @@ class Start:
     device: torch.device
     dtype: torch.dtype                                # float32, or float64 on a float64 base
     shared: nn.ModuleDict                             # modules that several edits of one adapter use
+    adapter: str = ""                                 # the adapter's name, unique on its base
+    sites: tuple[Site, ...] = ()                      # every site this config edits
+    base: Sequence[Site] = ()                         # every site of the base
+    tokenizer: Any = None                             # the base's, if the caller gave one
 
     def generator(self, key: str) -> torch.Generator:
         """A CPU generator of its own for `key`: the same numbers on every device, whatever was drawn before."""
@@ -89,11 +142,15 @@ class Start:
 
     def parameter(self, key: str, *shape: int, fill: Callable[[Tensor, torch.Generator], Any] | None = None) -> nn.Parameter:
         """A trained tensor, zero or filled in place by `fill(tensor, generator)`; drawn in float64, then rounded."""
+        return nn.Parameter(self.tensor(key, *shape, fill=fill))
+
+    def tensor(self, key: str, *shape: int, fill: Callable[[Tensor, torch.Generator], Any] | None = None) -> Tensor:
+        """The same without training: for a buffer."""
         tensor = torch.zeros(*shape, dtype=torch.float64)
         if fill is not None:
             with torch.no_grad():
                 fill(tensor, self.generator(key))
-        return nn.Parameter(tensor.to(self.device, self.dtype))
+        return tensor.to(self.device, self.dtype)
 
 
 class Edit(nn.Module):
@@ -104,6 +161,8 @@ class Edit(nn.Module):
     roles: ClassVar[tuple[str, ...]] = LINEARS        # sites it may sit on
     virtual: ClassVar[str | None] = None              # its virtual tokens' positions: "sequence", "zero", or it has none
     starts_as_identity: ClassVar[bool] = True         # a new one leaves the model as it is
+    needs_places: ClassVar[bool] = False              # reads ctx.places
+    keeps_arguments: ClassVar[bool] = False           # on a block: `arguments` is called with what the layer was called with
 
     def __init__(self, config: Config, site: Site, start: Start):
         super().__init__()
@@ -118,14 +177,25 @@ class Edit(nn.Module):
         """The site's output, changed, seeing its input."""
         return y
 
+    def arguments(self, kwargs: dict[str, Any], ctx: Context) -> None:
+        """On a block, if keeps_arguments: the keyword arguments of the layer's call."""
+
     def merge(self, w: Tensor, b: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
         """The same change folded into a float64 weight (out, in) and bias, as new tensors."""
         raise NotImplementedError
+
+
+def kept_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that belong to what a module is: all but those registered with persistent=False."""
+    for path, part in module.named_modules():
+        for name, tensor in part._buffers.items():
+            if tensor is not None and name not in part._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, tensor
 
 
 def mergeable(edit: Edit) -> bool:
     return type(edit).merge is not Edit.merge
 
 
-def changes_input(edit: Edit) -> bool:
-    return type(edit).pre is not Edit.pre
+def changes_input(edit: Edit | type[Edit]) -> bool:
+    return (edit if isinstance(edit, type) else type(edit)).pre is not Edit.pre

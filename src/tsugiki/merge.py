@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .edit import mergeable
 from .errors import UserError
 from .tap import base_parameters
 from .weights import dense, restore, write
@@ -46,9 +45,8 @@ class Merged:
     def merge(self, adapter: Any) -> MergeReport:
         if adapter.name in self.order:
             raise UserError(f"adapter {adapter.name!r} is merged already")
-        for _, edit in adapter.edits.values():
-            if not mergeable(edit):
-                raise UserError(f"{adapter.cfg.name} is not a change of weights: adapter {adapter.name!r} cannot be merged")
+        if not adapter.mergeable:
+            raise UserError(f"{adapter.cfg.name} is not a change of weights: adapter {adapter.name!r} cannot be merged")
         self._fingerprint = self.fingerprint()
         self.order.append(adapter.name)
         try:
@@ -107,12 +105,16 @@ class Merged:
             if tied:                                  # a change of the head must not reach the embedding
                 module.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
                 self._set_flag("tie_word_embeddings", False)
-            self._kept[module] = Kept(weight.detach().clone(), None if bias is None else bias.detach().clone(),
-                                      weight if tied else None)
+            module.kept = self._kept[module] = Kept(weight.detach().clone(), None if bias is None else bias.detach().clone(),
+                                                    weight if tied else None)
         return self._kept[module]
 
+    def _forget(self, module: nn.Module) -> Kept:
+        del module.kept
+        return self._kept.pop(module)
+
     def _restore(self, module: nn.Module) -> None:
-        kept = self._kept.pop(module)
+        kept = self._forget(module)
         if kept.tied is not None:
             restore(module, kept.weight, kept.bias)
             module.weight = kept.tied
@@ -146,7 +148,7 @@ class Merged:
                 elif not needed and s.module in added:
                     s.exit.bias = None
                     if not self._touched(s.exit):
-                        self._kept.pop(s.exit)
+                        self._forget(s.exit)
             if not needed:
                 self._reset_flag(flag)
             declared |= {s.module for s in covered}

@@ -1,17 +1,18 @@
 """What a run will need, before it starts and without weights: one rehearsed step, by the code that trains."""
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from tsugiki import formats
 from tsugiki.adapters import Adapter, attach
@@ -20,19 +21,17 @@ from tsugiki.data.render import Example
 from tsugiki.edit import Config
 from tsugiki.errors import UserError
 from tsugiki.evaluate.answers import room
-from tsugiki.load import base_path, stored_dtype
+from tsugiki.load import base_path, load_tokenizer, stored_dtype
 from tsugiki.methods import Full
 from tsugiki.rates import seconds
 from tsugiki.rehearsal import Ledger
 from tsugiki.tap import base_parameters
 from tsugiki.train.log import Bar
 from tsugiki.train.loop import Job, _Run
-from tsugiki.train.run import _frozen_but, _route
+from tsugiki.train.run import _frozen_but, _look, _route
 
 LENGTH = 512                                          # tokens of a row unless told
 SHORT, WHOLE = (2, 4), 8                              # layers of the two copies that stand for a model of more than WHOLE
-
-
 NOTE = {"format": "pt"}                               # what the files of a result carry in their header
 
 
@@ -96,7 +95,8 @@ def plan(base: str, config: Config, *, tokens: int = 4096, length: int | None = 
     """
     read = base_config(base, trust_remote_code)
     width = min(length or LENGTH, tokens)
-    case = _Case(config, max(1, tokens // width), width, trained, dtype, torch.device(device), stored_dtype(base), timed)
+    case = _Case(config, max(1, tokens // width), width, trained, dtype, torch.device(device), stored_dtype(base), timed,
+                 _tokenizer(base, trust_remote_code))
     try:
         found, rehearsed = _extended(case, read) or _count(case, read), True
     except RuntimeError:                              # torch's ways to say that a computation depends on numbers
@@ -104,6 +104,14 @@ def plan(base: str, config: Config, *, tokens: int = 4096, length: int | None = 
     weights, optimizer = found.weights, found.optimizer
     return Plan(config.name, found.total, found.trainable, weights, optimizer, max(found.early, found.late) - weights - optimizer,
                 found.saved, found.checkpoint, found.tokens, found.flops, found.seconds, rehearsed)
+
+
+@cache
+def _tokenizer(base: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    try:
+        return load_tokenizer(base, trust_remote_code)
+    except UserError:                                 # a method that needs one will say so
+        return None
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,7 @@ class _Case:
     device: torch.device
     stored: torch.dtype                               # of the base on disk
     timed: bool
+    tokenizer: PreTrainedTokenizerBase | None = None  # some methods start from a text
 
     @property
     def full(self) -> bool:
@@ -143,7 +152,7 @@ def _set_up(case: _Case, read: PretrainedConfig) -> tuple[nn.Module, Adapter | N
     """(model, adapter or None, trained parameters), as a run makes them."""
     with case.device:
         model = AutoModelForCausalLM.from_config(read, dtype=torch.float32 if case.full else case.dtype).eval()
-    adapter = None if case.full else attach(model).add("default", case.config)
+    adapter = None if case.full else attach(model).add("default", case.config, tokenizer=case.tokenizer)
     params = case.config.select(model) if adapter is None else adapter.parameters()
     _frozen_but(model, params)
     return model, adapter, params
@@ -160,7 +169,13 @@ def _count(case: _Case, read: PretrainedConfig, fake: bool = True) -> _Count:
     with Ledger(fake) as ledger, tempfile.TemporaryDirectory() as folder:
         model, adapter, params = _set_up(case, read)
         length = min(case.length, room(model) or case.length)
-        steps = _Run(_job(case, length, model, adapter, params), Path(folder), lambda line: None)
+        job = _job(case, length, model, adapter, params)
+        if adapter is not None:                       # a start made from data may change shapes
+            case.config.prepare(adapter, partial(_look, model, job.examples, job.cfg, 0, "default"))
+            params = adapter.parameters()
+            _frozen_but(model, params)
+            job = dataclasses.replace(job, params=params)
+        steps = _Run(job, Path(folder), lambda line: None)
         gc.collect()
         weights = ledger.live
         for p in params.values():
@@ -173,9 +188,9 @@ def _count(case: _Case, read: PretrainedConfig, fake: bool = True) -> _Count:
         ledger.begin()
         steps.step(Bar("rehearsal", 1, quiet=True))
         early, late, work, calls = ledger.early, ledger.late, ledger.work, ledger.calls
-        saved = _model_bytes(model, case.stored) if case.full else file_bytes(formats.contents(adapter)[1].items(), NOTE)
+        saved = _model_bytes(model, case.stored) if case.full else file_bytes(formats.contents(adapter)[2].items(), NOTE)
         moments = [(f"{n}:{k}", v) for n, p in params.items() for k, v in steps.optimizer.state[p].items()]
-        checkpoint, sizes = file_bytes(params.items()) + file_bytes(moments), _sizes(model, adapter, params)
+        checkpoint, sizes = file_bytes(job.tensors.items()) + file_bytes(moments), _sizes(model, adapter, params)
     took = seconds(work, calls, case.device, case.dtype) if case.timed else None
     return _Count(*sizes, weights, optimizer, early, late, saved, checkpoint, case.rows * length,
                   sum(w.flops for w in work.values()), took)
@@ -190,7 +205,7 @@ def _job(case: _Case, length: int, model: nn.Module, adapter: Adapter | None, pa
     cfg = RunConfig(train=TrainConfig(batch_size=rows, max_length=length, max_tokens=rows * length, steps=1))
     mixed = case.full and case.dtype == torch.bfloat16
     more = {"autocast": partial(torch.autocast, case.device.type, torch.bfloat16)} if mixed else {}
-    return Job(model, params, examples, cfg.train, case.config.lr, 0, "pad", route=_route(cfg, adapter), **more)
+    return Job(model, params, examples, cfg.train, case.config.lr, 0, "pad", route=_route(cfg, adapter), adapter=adapter, **more)
 
 
 def file_bytes(tensors: Iterable[tuple[str, Tensor]], metadata: dict[str, str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """Which rows use which adapter: one immutable Context a forward, kept per thread, and random draws that belong to tokens."""
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from .errors import UserError
 
 Rows = slice | Tensor | None                          # None: every row
-Level = tuple[tuple[str, Rows], ...]                  # adapters on disjoint rows
-Stack = tuple[str, ...]                               # the adapters of one row, applied in this order
+Level = tuple[tuple[str, Rows, float], ...]           # adapters on disjoint rows, each with the weight of its change
+Stack = tuple[tuple[str, float], ...]                 # the adapters of one row with their weights, applied in this order
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Context:
     virtual: int = 0                                  # virtual positions at the left of this forward's sequence
     mask: Tensor | None = None                        # (B, S) attention mask, virtual positions included
     keys: Tensor | None = None                        # (B, T) int64: one key a token, for draws that follow the token
+    places: Tensor | None = None                      # (2, B, T) int64: see `places`; only if an adapter of the route asks
     scratch: dict = field(default_factory=dict, compare=False, repr=False)   # a span's input, from its entry to its exit
     home: Any = None                                  # the Adapters this forward belongs to
     of: nn.Module | None = None                       # the module whose forward this is
@@ -34,16 +36,18 @@ class Context:
 
     def only(self, rows: Rows) -> Context:
         """The same context for some of the rows."""
-        if self.mask is None and self.keys is None:
+        if rows is None or self.mask is None and self.keys is None and self.places is None:
             return self
         return replace(self, mask=None if self.mask is None else self.mask[rows],
-                       keys=None if self.keys is None else self.keys[rows])
+                       keys=None if self.keys is None else self.keys[rows],
+                       places=None if self.places is None else self.places[:, rows])
 
 
 class _Cell(threading.local):
     """The one mutable place: the forward in progress and the `use` blocks around it, per thread."""
     ctx: Context | None = None
     uses: tuple[tuple[Any, Any], ...] = ()            # (Adapters, ids), innermost last
+    prompt: int | None = None                         # inside generate: columns of the prompt
 
 
 cell = _Cell()
@@ -59,6 +63,16 @@ def using(home: Any, ids: Any) -> Iterator[Any]:
         cell.uses = before
 
 
+@contextmanager
+def prompting(columns: int | None) -> Iterator[None]:
+    """Inside: forwards of a generation whose prompt has so many columns."""
+    before, cell.prompt = cell.prompt, columns
+    try:
+        yield
+    finally:
+        cell.prompt = before
+
+
 UNSET = object()
 
 
@@ -71,31 +85,40 @@ def wanted(home: Any) -> Any:
 
 
 def stacks(ids: Any, size: int) -> list[Stack]:
-    """One stack a row from what a user may pass: a name or a tuple of names (every row), or a list with one entry a row.
+    """One stack a row from what a user may pass: a name, a tuple of names or a dict of names with weights (every row), or a
+    list with one of them a row.
 
     A list shorter than the batch is repeated in place when it divides it, as beams and num_return_sequences repeat rows.
     """
-    if ids is None or isinstance(ids, (str, tuple)):
+    if ids is None or isinstance(ids, (str, tuple, dict)):
         ids = [ids] * size
     if not isinstance(ids, Sequence) or not ids or size % len(ids):
         count = len(ids) if isinstance(ids, Sequence) else type(ids).__name__
         raise UserError(f"adapter_ids: {count} entries for a batch of {size} rows; pass a name, or a list of one a row")
-    rows = [(i,) if isinstance(i, str) else tuple(i or ()) for i in ids for _ in range(size // len(ids))]
-    for row in rows:
-        if len(set(row)) != len(row):
-            raise UserError(f"adapter_ids: {row} names an adapter twice")
-    return rows
+    return [row for row in map(_stack, ids) for _ in range(size // len(ids))]
+
+
+def _stack(entry: Any) -> Stack:
+    if isinstance(entry, dict):
+        for name, weight in entry.items():
+            if type(weight) not in (int, float) or not math.isfinite(weight):
+                raise UserError(f"adapter_ids: the weight of {name!r} must be a number, got {weight!r}")
+        return tuple((name, float(weight)) for name, weight in entry.items())
+    names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+    if len(set(names)) != len(names):
+        raise UserError(f"adapter_ids: {names} names an adapter twice")
+    return tuple((name, 1.0) for name in names)
 
 
 def levels(rows: Sequence[Stack], device: torch.device | str = "cpu") -> tuple[Level, ...]:
     """The route: per stack position, each adapter with its rows, as slices where they are contiguous."""
     found = []
     for depth in range(max(map(len, rows), default=0)):
-        where: dict[str, list[int]] = {}
+        where: dict[tuple[str, float], list[int]] = {}
         for i, row in enumerate(rows):
             if depth < len(row):
                 where.setdefault(row[depth], []).append(i)
-        found.append(tuple((name, _shape(at, len(rows), device)) for name, at in where.items()))
+        found.append(tuple((name, _shape(at, len(rows), device), weight) for (name, weight), at in where.items()))
     return tuple(found)
 
 
@@ -103,6 +126,28 @@ def _shape(rows: list[int], size: int, device: torch.device | str) -> Rows:
     if rows[-1] - rows[0] + 1 == len(rows):
         return None if len(rows) == size else slice(rows[0], rows[-1] + 1)
     return torch.tensor(rows, device=device)
+
+
+def places(real: Tensor, starts: Tensor, prompt: Tensor) -> Tensor:
+    """Where each token stands in its document: (2, B, T) int64.
+
+    [0] counts its real tokens from 0; [1] counts back from the last token of the document's prompt, which is 0.
+    -1 where there is no such place: padding, and in [1] what comes after the prompt. real, starts, prompt: (B, T) bool:
+    tokens that are no padding, first tokens of a document, tokens of a prompt.
+    """
+    here = starts.cumsum(1)                                                   # (B, T) number of the document
+    same = (here[:, :, None] == here[:, None, :]) & real[:, None, :]          # (B, T, T) pairs of one document
+    earlier = torch.ones_like(same[0]).tril(-1)
+    before = (same & earlier).sum(-1)
+    prompt = prompt & real
+    after = (same & earlier.T & prompt[:, None, :]).sum(-1)
+    return torch.stack([before.masked_fill(~real, -1), after.masked_fill(~prompt, -1)])
+
+
+def before_first(trained: Tensor, starts: Tensor) -> Tensor:
+    """(B, T) bool: the tokens of each document that stand before its first trained one: its prompt."""
+    count = trained.cumsum(1)                                                 # never falls: cummax holds its value at the start
+    return count == ((count - trained.long()) * starts).cummax(1).values
 
 
 def pinned(checkpoint: Callable) -> Callable:

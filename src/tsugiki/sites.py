@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,7 +12,7 @@ from .errors import UserError, nearest
 from .weights import dims
 
 LINEAR_ROLES = ("q", "k", "v", "o", "qkv", "gate", "up", "gate_up", "down")
-ROLES = ("embed", *LINEAR_ROLES, "attn", "mlp", "key", "value", "head")
+ROLES = ("embed", "norm", *LINEAR_ROLES, "attn", "mlp", "query", "key", "value", "block", "head")
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,9 @@ class Family:
     head_dim: str = "self_attn.head_dim"              # path inside one layer to the attribute holding the head size
     fused: Mapping[str, str] = field(default_factory=dict)   # role -> layout, one of LAYOUTS
     key_out: str | None = None                        # module giving the key just before rotary, where it is not k
+    query_out: str | None = None                      # the same for the query
+    sincos: str | None = None                         # path inside one layer to a table of (sin, cos) that turns pairs of features
+    scaling: str | None = None                        # path inside one layer to what attention scores are multiplied with
     key_heads_first: bool = False                     # key_out sees (B, H, T, D), not (B, T, H, D) or (B, T, H*D)
     head: str = "lm_head"
     rotary: str | None = None                         # module whose attention_scaling multiplies rotated keys
@@ -45,7 +48,7 @@ FOUR_H = "up=mlp.dense_h_to_4h down=mlp.dense_4h_to_h"
 ATTENTION_BIAS = {"attention_bias": ("q", "k", "v", "o")}
 LLAMA = Family("model.layers", "model.embed_tokens", _linears("self_attn", "q_proj k_proj v_proj o_proj", GATED),
                rotary="model.rotary_emb")
-GEMMA = replace(LLAMA, bias_flags=ATTENTION_BIAS)
+GEMMA = replace(LLAMA, bias_flags=ATTENTION_BIAS, scaling="self_attn.scaling")
 BLOOM = Family("transformer.h", "transformer.word_embeddings",
                _linears("self_attention", "query_key_value dense", FOUR_H), head_dim="self_attention.head_dim",
                fused={"qkv": "grouped"})
@@ -54,13 +57,13 @@ FAMILIES: dict[str, Family] = {
     "llama": replace(LLAMA, bias_flags=ATTENTION_BIAS | {"mlp_bias": ("gate", "up", "down")}),
     "mistral": LLAMA,
     "qwen2": LLAMA,
-    "qwen3": replace(GEMMA, key_out="self_attn.k_norm"),
+    "qwen3": replace(GEMMA, key_out="self_attn.k_norm", query_out="self_attn.q_norm"),
     "gemma": GEMMA,
     "gemma2": GEMMA,
-    "gemma3_text": replace(GEMMA, key_out="self_attn.k_norm", key_heads_first=True),
-    "olmo2": replace(GEMMA, key_out="self_attn.k_norm"),
+    "gemma3_text": replace(GEMMA, key_out="self_attn.k_norm", query_out="self_attn.q_norm", key_heads_first=True),
+    "olmo2": replace(GEMMA, key_out="self_attn.k_norm", query_out="self_attn.q_norm"),
     "phi": replace(LLAMA, linears=_linears("self_attn", "q_proj k_proj v_proj dense", "up=mlp.fc1 down=mlp.fc2"),
-                   key_out="self_attn.k_layernorm", key_heads_first=True),
+                   key_out="self_attn.k_layernorm", query_out="self_attn.q_layernorm", key_heads_first=True),
     "phi3": replace(LLAMA, linears=_linears("self_attn", "qkv_proj o_proj",
                                             "gate_up=mlp.gate_up_proj down=mlp.down_proj"),
                     fused={"qkv": "concat", "gate_up": "halves"}),
@@ -68,7 +71,7 @@ FAMILIES: dict[str, Family] = {
                    head_dim="attn.head_dim", fused={"qkv": "concat"}),
     "gptj": Family("transformer.h", "transformer.wte",
                    _linears("attn", "q_proj k_proj v_proj out_proj", "up=mlp.fc_in down=mlp.fc_out"),
-                   head_dim="attn.head_dim"),
+                   head_dim="attn.head_dim", sincos="attn.embed_positions", scaling=None),
     "gpt_neox": Family("gpt_neox.layers", "gpt_neox.embed_in", _linears("attention", "query_key_value dense", FOUR_H),
                        head_dim="attention.head_size", fused={"qkv": "grouped"}, rotary="gpt_neox.rotary_emb",
                        bias_flags={"attention_bias": ("qkv", "o")}),
@@ -94,7 +97,7 @@ class Site:
     module: str                                       # path of `exit` in the model
     features: torch.Tensor | None = field(default=None, repr=False)   # columns of exit's output that are this site
     heads_first: bool = False                         # y is (B, H, T, D)
-    head_dim: int = 0                                 # of a key or value
+    head_dim: int = 0                                 # of a query, key or value
     key_scale: float = 1.0                            # what the model multiplies a rotated key with
     repeated: bool = False                            # the cache repeats this key for each query head
 
@@ -161,13 +164,24 @@ def sites(model: nn.Module, family: Family | None = None) -> list[Site]:
     layers = find(model, fam.layers, "layers")
     for n, layer in enumerate(layers):
         found[-1:-1] = _layer_sites(fam, layer, n, scale)          # the head stays last
+    inside, inner = set(layers.modules()), find(model, fam.layers.rpartition(".")[0], "decoder")
+    found[-1:-1] = _norms(inner, fam.layers.rpartition(".")[0], -1, inside)
     return found
+
+
+def _norms(module: nn.Module, path: str, n: int, without: Container[nn.Module] = ()) -> Iterator[Site]:
+    """Every module in `module` that scales its features by a vector: layer norms and RMS norms."""
+    for name, m in module.named_modules():
+        weight = m._parameters.get("weight")
+        if m not in without and weight is not None and weight.dim() == 1:
+            yield Site(f"{path}.{name}", "norm", n, m, m, len(weight), len(weight), f"{path}.{name}")
 
 
 def _layer_sites(fam: Family, layer: nn.Module, n: int, scale: float) -> Iterator[Site]:
     prefix = f"{fam.layers}.{n}"
     at = {role: Site(f"{prefix}.{path}", role, n, m := find(layer, path, role), m, *dims(m), f"{prefix}.{path}")
           for role, path in fam.linears.items()}
+    yield from _norms(layer, prefix, n)
     yield from at.values()
     head_dim = int(_value(layer, fam.head_dim))
     parts = dict(at)
@@ -176,25 +190,25 @@ def _layer_sites(fam: Family, layer: nn.Module, n: int, scale: float) -> Iterato
         for part, columns in LAYOUTS[layout](at["o"].d_in, whole.d_out, head_dim).items():
             parts[part] = replace(whole, name=f"{whole.name}.{part}", role=part, features=columns, d_out=len(columns))
             yield parts[part]
-    for part, role in (("k", "key"), ("v", "value")):
-        yield _key_or_value(fam, layer, parts[part], role, prefix, head_dim, scale)
+    for part, role in (("q", "query"), ("k", "key"), ("v", "value")):
+        yield _query_key_or_value(fam, layer, parts[part], role, prefix, head_dim, scale)
     for role, first, last in (("attn", "q", "o"), ("mlp", "up", "down")):
         first, last = parts[first], parts[last]
         yield Site(f"{prefix}.{role}", role, n, first.entry, last.exit, first.d_in, last.d_out, last.module)
+    width = parts["o"].d_out
+    yield Site(f"{prefix}.block", "block", n, layer, layer, width, width, prefix)
 
 
-def _key_or_value(fam: Family, layer: nn.Module, part: Site, role: str, prefix: str, head_dim: int, scale: float) -> Site:
-    repeated = bool(fam.repeats_keys and _value(layer, fam.repeats_keys))
+def _query_key_or_value(fam: Family, layer: nn.Module, part: Site, role: str, prefix: str, head_dim: int, scale: float) -> Site:
+    """Where a query, key or value leaves its last module before rotary positions and the cache."""
+    repeated = bool(fam.repeats_keys and _value(layer, fam.repeats_keys)) and role != "query"
     site = replace(part, name=f"{prefix}.{role}", role=role, head_dim=head_dim, repeated=repeated)
-    if role == "value":
-        return site
-    path = fam.key_out if fam.key_out and hasattr(layer.get_submodule(fam.key_out.rpartition(".")[0]),
-                                                  fam.key_out.rpartition(".")[2]) else None
-    if path is None:
-        return replace(site, key_scale=scale)
+    path = {"query": fam.query_out, "key": fam.key_out, "value": None}[role]
+    if path is None or not hasattr(layer.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]):
+        return replace(site, key_scale=scale) if role == "key" else site
     norm = layer.get_submodule(path)
     return replace(site, entry=norm, exit=norm, module=f"{prefix}.{path}", heads_first=fam.key_heads_first,
-                   d_in=site.d_out, features=None, key_scale=scale)
+                   d_in=site.d_out, features=None, key_scale=scale if role == "key" else 1.0)
 
 
 def select(all_sites: Sequence[Site], targets: tuple[str, ...] | str, allowed: tuple[str, ...], who: str) -> list[Site]:

@@ -57,6 +57,7 @@ class Tap(Unsaved):
         self.name, self.role, self.span, self.home = site.name, site.role, site.span, home
         self.pres: dict[str, Edit] = {}               # adapter name -> edit, where the edit has that port
         self.posts: dict[str, Edit] = {}
+        self.keeps: dict[str, Edit] = {}              # those that ask for the arguments of the layer's call
         columns = None if site.features is None else site.features.to(device_of(site.exit))
         self.register_buffer("features", columns, persistent=False)
 
@@ -66,11 +67,13 @@ class Tap(Unsaved):
             self.pres[adapter] = edit
         if type(edit).post is not Edit.post:
             self.posts[adapter] = edit
+        if edit.keeps_arguments:
+            self.keeps[adapter] = edit
 
     def remove(self, adapter: str) -> None:
         delattr(self, _child(adapter))
-        self.pres.pop(adapter, None)
-        self.posts.pop(adapter, None)
+        for port in (self.pres, self.posts, self.keeps):
+            port.pop(adapter, None)
 
     def context(self) -> Context:
         """The forward in progress; outside of one (a layer called by hand) the default adapters, on every row."""
@@ -79,14 +82,15 @@ class Tap(Unsaved):
             return ctx
         ids = wanted(self.home)
         ids = self.home.default if ids is UNSET else (ids,) if isinstance(ids, str) else ids
-        flat = [n for row in ids for n in (row if isinstance(row, tuple) else (row,))]
-        names = [name for name in flat if name in self.posts or name in self.pres]
+        flat = [n for row in ids for n in (row if isinstance(row, (tuple, dict)) else (row,))]
+        names = [name for name in flat if name in self.posts or name in self.pres or name in self.keeps]
         if not names:
             return Context()
-        virtual = self.role != "embed" and any(self.posts[name].virtual for name in names if name in self.posts)
-        if self.span or virtual or not isinstance(ids, tuple):
+        edits = [port[name] for port in (self.pres, self.posts, self.keeps) for name in names if name in port]
+        whole = any(e.needs_places or e.keeps_arguments or e.virtual and self.role != "embed" for e in edits)
+        if self.span or whole or not isinstance(ids, tuple):
             raise UserError(f"adapter {names[0]!r} at {self.name} needs the whole model's forward, not a part of it")
-        return Context(levels([tuple(names)]))
+        return Context(levels([tuple((name, 1.0) for name in names)]))
 
     def pre(self, x: Tensor, ctx: Context) -> Tensor:
         return _run(self.pres, None, x, ctx)
@@ -114,28 +118,27 @@ def _run(edits: dict[str, Edit], x: Tensor | None, t: Tensor, ctx: Context) -> T
 
 
 def _run_level(edits: dict[str, Edit], x: Tensor | None, t: Tensor, ctx: Context, level: Level) -> Tensor:
-    def new(edit: Edit, rows: Rows) -> Tensor:
-        if rows is None:
-            out = edit.pre(t, ctx) if x is None else edit.post(x, t, ctx)
-        else:
-            part = ctx.only(rows)
-            out = edit.pre(t[rows], part) if x is None else edit.post(x[rows], t[rows], part)
-        return out if out.dtype == t.dtype else out.to(t.dtype)
+    def new(edit: Edit, rows: Rows, weight: float) -> Tensor:
+        now = t if rows is None else t[rows]
+        part = ctx.only(rows)
+        out = edit.pre(now, part) if x is None else edit.post(x if rows is None else x[rows], now, part)
+        out = out if out.dtype == t.dtype else out.to(t.dtype)
+        return out if weight == 1.0 else now + weight * (out - now)
 
-    here = [(edits[name], rows) for name, rows in level if name in edits]
+    here = [(edits[name], rows, weight) for name, rows, weight in level if name in edits]
     if not here:
         return t
     if here[0][1] is None:
-        return new(here[0][0], None)
-    if all(isinstance(rows, slice) for _, rows in here):                  # disjoint slices: one copy for all adapters
+        return new(*here[0])
+    if all(isinstance(rows, slice) for _, rows, _ in here):               # disjoint slices: one copy for all adapters
         pieces, done = [], 0
-        for edit, rows in sorted(here, key=lambda pair: pair[1].start):
-            pieces += [t[done:rows.start], new(edit, rows)]
+        for edit, rows, weight in sorted(here, key=lambda entry: entry[1].start):
+            pieces += [t[done:rows.start], new(edit, rows, weight)]
             done = rows.stop
         return torch.cat([*pieces, t[done:]])
-    for edit, rows in here:
-        t = torch.cat([t[:rows.start], new(edit, rows), t[rows.stop:]]) if isinstance(rows, slice) \
-            else t.index_copy(0, rows.to(t.device), new(edit, rows))
+    for edit, rows, weight in here:
+        t = torch.cat([t[:rows.start], new(edit, rows, weight), t[rows.stop:]]) if isinstance(rows, slice) \
+            else t.index_copy(0, rows.to(t.device), new(edit, rows, weight))
     return t
 
 
@@ -152,12 +155,26 @@ def entry_hook(module: nn.Module, args: tuple) -> tuple | None:
     return None if x is args[0] else (x, *args[1:])
 
 
-def exit_hook(module: nn.Module, args: tuple, y: Tensor) -> Tensor:
+def arguments_hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    for tap in module.taps_in:
+        if tap.keeps:
+            ctx = tap.context()
+            for level in ctx.route:
+                for name, _, _ in level:
+                    if name in tap.keeps:
+                        tap.keeps[name].arguments(kwargs, ctx)
+
+
+def exit_hook(module: nn.Module, args: tuple, out: Any) -> Any:
+    y = out[0] if isinstance(out, tuple) else out     # some decoder layers give (hidden states, attention weights)
+    edited = False
     for tap in module.taps_out:
         if tap.posts:
-            ctx = tap.context()
+            ctx, edited = tap.context(), True
             y = tap.post(ctx.scratch.pop(tap.role, y) if tap.span else args[0], y, ctx)
-    return y
+    if not edited:
+        return None
+    return (y, *out[1:]) if isinstance(out, tuple) else y
 
 
 def install(site: Site, home: Any) -> Tap:
@@ -169,6 +186,8 @@ def install(site: Site, home: Any) -> Tap:
     if "taps_in" not in site.entry.__dict__:
         site.entry.taps_in = []
         site.entry.register_forward_pre_hook(entry_hook)
+        if site.role == "block":
+            site.entry.register_forward_pre_hook(arguments_hook, with_kwargs=True)
     tap = site.exit.taps[site.role] = Tap(site, home)
     site.exit.taps_out.append(tap)                    # a linear's own edits before its span's ...
     site.entry.taps_in.insert(0, tap)                 # ... and a span's before its first linear's

@@ -9,10 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
-from .route import UNSET, Context, Stack, cell, levels, pinned, stacks, wanted
+from .route import UNSET, Context, Stack, before_first, cell, levels, pinned, places, stacks, wanted
 
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")            # arguments that describe packed rows
 
@@ -22,15 +23,17 @@ def chosen(home: Any, ids: Any, size: int) -> list[Stack]:
     if ids is None:
         ids = wanted(home)
         if ids is UNSET:
-            return [home.default] * size
+            return [tuple((name, 1.0) for name in home.default)] * size
     rows = stacks(ids, size)
     for row in set(rows):
-        for name in row:
+        for name, weight in row:
             home.get(name)                                       # raises for a name that is not attached
-        if missing := [name for name in home.merged if name not in row]:
+            if weight != 1.0 and name in home.virtual:
+                raise UserError(f"adapter {name!r} has virtual tokens: it is used whole or not at all, not with weight {weight}")
+        if missing := [name for name in home.merged if (name, 1.0) not in row]:
             raise UserError(f"adapter {missing[0]!r} is merged into the base, so a row without it cannot be computed; "
                             f"add it to every row of adapter_ids, or unmerge({missing[0]!r})")
-    return [tuple(name for name in row if name not in home.merged) for row in rows]
+    return [tuple(entry for entry in row if entry[0] not in home.merged) for row in rows]
 
 
 def enter(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -38,17 +41,20 @@ def enter(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     home, kwargs = model.adapters, dict(kwargs)
     if args:
         kwargs = dict(zip(home.arguments, args, strict=False)) | kwargs
-    ids, keys = kwargs.pop("adapter_ids", None), kwargs.pop("token_keys", None)
+    ids, keys, prompt = (kwargs.pop(name, None) for name in ("adapter_ids", "token_keys", "prompt_mask"))
     main = _main(kwargs)
     rows = chosen(home, ids, len(main))
     if keys is not None and keys.shape != main.shape[:2]:
         raise UserError(f"token_keys has shape {tuple(keys.shape)}, the batch {tuple(main.shape[:2])}")
     ctx = Context(levels(rows, main.device), *main.shape[:2], mask=kwargs.get("attention_mask"), keys=keys, home=home)
-    tokens = [[home.virtual[name] for name in row if name in home.virtual] for row in rows]
+    if any(name in home.placed for row in set(rows) for name, _ in row):
+        ctx = replace(ctx, places=_places(kwargs, ctx, main, prompt))
+    tokens = [[home.virtual[name] for name, _ in row if name in home.virtual] for row in rows]
     if any(tokens):
         for row, found in zip(rows, tokens, strict=True):
             if len(found) > 1:
-                raise UserError(f"adapters {row}: a row can hold the virtual tokens of one adapter, not of {len(found)}")
+                names = tuple(name for name, _ in row)
+                raise UserError(f"adapters {names}: a row can hold the virtual tokens of one adapter, not of {len(found)}")
         counts = torch.tensor([found[0][0] if found else 0 for found in tokens], device=main.device)
         at_zero = torch.tensor([bool(found) and found[0][1] == "zero" for found in tokens], device=main.device)
         ctx = _make_room(home, kwargs, ctx, counts, at_zero)
@@ -63,9 +69,9 @@ def enter_part(part: nn.Module, args: tuple, kwargs: dict) -> None:
         return
     main = args[0] if args else _main(kwargs)
     rows = chosen(home, None, len(main))
-    for name in {name for row in rows for name in row}:
-        if name in home.virtual:
-            raise UserError(f"adapter {name!r} has virtual tokens: call the model itself, not {type(part).__name__}")
+    for name in {name for row in rows for name, _ in row}:
+        if name in home.virtual or name in home.placed:
+            raise UserError(f"adapter {name!r} needs the whole sequence: call the model itself, not {type(part).__name__}")
     _push(part, home, Context(levels(rows, main.device), *main.shape[:2], mask=kwargs.get("attention_mask"), home=home))
 
 
@@ -76,6 +82,32 @@ def leave(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
         return out
     cell.ctx = ctx.outer
     return _trim(out, ctx) if ctx.virtual and out is not None else out
+
+
+def _places(kw: dict, ctx: Context, main: Tensor, prompt: Tensor | None) -> Tensor:
+    """Context.places. The prompt is what `prompt_mask` says; else, with labels, what stands before the first of them; inside
+    generate its input; else every token given before there is a cache."""
+    size, length, device = ctx.size, ctx.length, main.device
+    mask, positions, past, labels = (kw.get(n) for n in ("attention_mask", "position_ids", "past_key_values", "labels"))
+    seen = past.get_seq_length() if past is not None else 0
+    real = torch.ones(size, length, dtype=torch.bool, device=device)
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        seen = mask.shape[1] - length if seen else 0             # the cache may hold virtual tokens of other rows too
+        real = mask[:, -length:].bool()
+    starts = torch.zeros_like(real)
+    if mask is None and positions is not None and not seen:      # packed rows: positions start again
+        positions = positions.expand(size, -1)
+        starts[:, 1:] = positions[:, 1:] <= positions[:, :-1]
+    if prompt is None and labels is not None:
+        prompt = before_first(labels != -100, starts)
+    if prompt is None:
+        columns = seen + torch.arange(length, device=device)
+        prompt = (columns < cell.prompt if cell.prompt is not None else torch.full_like(columns, not seen)).expand(size, -1)
+    found = places(real, starts, prompt.bool())
+    if seen:                                                     # counting from the left goes on where the cache ends
+        before = mask[:, :seen].sum(1, keepdim=True) if isinstance(mask, Tensor) else seen
+        found[0] = torch.where(real, found[0] + before, found[0])
+    return found
 
 
 def _main(kwargs: dict) -> Tensor:
@@ -134,7 +166,8 @@ def _make_room(home: Any, kw: dict, ctx: Context, counts: Tensor, at_zero: Tenso
     keys = ctx.keys
     if keys is not None:                               # virtual tokens draw from keys of their own, per row
         keys = torch.cat([~keys[:, :1] - torch.arange(room, 0, -1, device=keys.device), keys], 1)
-    ctx = replace(ctx, virtual=room, length=length + room, mask=mask, keys=keys)
+    at = None if ctx.places is None else F.pad(ctx.places, (room, 0), value=-1)
+    ctx = replace(ctx, virtual=room, length=length + room, mask=mask, keys=keys, places=at)
     if kw.get("inputs_embeds") is not None:            # the embedding will not run, so a prompt's edit of it runs here
         kw["inputs_embeds"] = home.embed_tap.post(kw["inputs_embeds"], kw["inputs_embeds"], ctx)
     return ctx

@@ -24,13 +24,19 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def dense(module: nn.Module, stored: torch.Tensor | None = None) -> torch.Tensor:
-    """The frozen weight (or `stored`, an earlier copy of it) as a dense (out, in) tensor."""
+    """The frozen weight (or `stored`, an earlier copy of it) as a dense (out, in) tensor; a norm's is a vector."""
     weight = module.weight if stored is None else stored
     if hasattr(weight, "dequantize") and not weight.is_floating_point():
         weight = weight.dequantize()
-    if not weight.is_floating_point() or weight.dim() != 2:
+    if not weight.is_floating_point() or weight.dim() > 2:
         raise UserError(f"{type(module).__name__}: a weight stored as {weight.dtype} cannot be read as a matrix")
     return weight.T if isinstance(module, Conv1D) else weight
+
+
+def unmerged(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight, bias) as stored, from before any merge."""
+    kept = module.__dict__.get("kept")
+    return (module.weight, getattr(module, "bias", None)) if kept is None else (kept.weight, kept.bias)
 
 
 def write(module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..adapters import Adapter, Adapters
+    from ..edit import Config
 
 VERSION = 1
 
@@ -39,9 +40,9 @@ def save(adapter: Adapter, path: str | Path, *, stop_ids: Iterable[int] = (), ba
     """
     from . import native
     folder = Path(path)
-    config, tensors = contents(adapter, base)
+    cfg, config, tensors = contents(adapter, base)
     data, packed = to_json(config), pack_tensors(tensors, folder / TENSORS)
-    manifest = {"tsugiki": VERSION, "method": adapter.cfg.name, "settings": native.settings(adapter.cfg),
+    manifest = {"tsugiki": VERSION, "method": cfg.name, "settings": native.settings(cfg),
                 "base": adapter.home.fingerprint(), "stop_ids": sorted(set(map(int, stop_ids))), "extra": extra or {},
                 "config": hashlib.sha256(data).hexdigest(), "tensors": {n: tensor_hash(t) for n, t in tensors.items()}}
     manifest["self"] = _self_hash(manifest)
@@ -49,10 +50,13 @@ def save(adapter: Adapter, path: str | Path, *, stop_ids: Iterable[int] = (), ba
     return folder
 
 
-def contents(adapter: Adapter, base: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors that `save` writes: in PEFT's form where PEFT has the method, else in ours."""
+def contents(adapter: Adapter, base: str | None = None) -> tuple[Config, dict[str, Any], dict[str, Tensor]]:
+    """What `save` writes: the method's config, the same as JSON, the tensors. In PEFT's form where PEFT has it, else in ours."""
     from . import native, peft  # they know adapters; adapters know only this module
-    return peft.write(adapter, base) if peft.writable(adapter) else native.write(adapter)
+    cfg, tensors = adapter.cfg.stored(adapter)
+    if peft.writable(adapter, cfg):
+        return cfg, *peft.write(adapter, cfg, tensors, base)
+    return cfg, native.write(cfg), tensors
 
 
 def load(adapters: Adapters, name: str, path: str | Path, *, check_base: bool = True) -> Adapter:
@@ -74,12 +78,11 @@ def load(adapters: Adapters, name: str, path: str | Path, *, check_base: bool = 
         if manifest is None:
             raise UserError(f"{folder / MANIFEST}: no such file, and {CONFIG} has no peft_type: not an adapter that can be checked")
         return native.read(adapters, name, native.read_config(config, config_path), tensors, file)
-    cls, values = peft.read_config(config, config_path)
+    cls = peft.read_config(config, config_path, manifest and manifest["method"])
     tensors = peft.without_copies(adapters, tensors, file)
-    if not cls.peft.virtual:
-        values["targets"] = peft.targets_of(adapters, cls, config, tensors, config_path, file)
-    if manifest is not None:                          # it knows the settings PEFT has no field for
-        values = manifest["settings"]
+    # a manifest knows the settings PEFT has no field for
+    values = manifest["settings"] if manifest is not None else \
+        peft.values_of(adapters, cls, config, tensors, config_path, file)
     return peft.read(adapters, name, native.build(cls.name, values, config_path), config, tensors, config_path, file)
 
 

@@ -22,9 +22,8 @@ def settings(cfg: Config) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    config = {"tsugiki": VERSION, "method": adapter.cfg.name, "settings": settings(adapter.cfg)}
-    return config, {name: p.detach() for name, p in adapter.parameters().items()}
+def write(cfg: Config) -> dict[str, Any]:
+    return {"tsugiki": VERSION, "method": cfg.name, "settings": settings(cfg)}
 
 
 def read_config(config: dict[str, Any], path: Path) -> Config:
@@ -44,10 +43,10 @@ def build(method: str, values: dict[str, Any], path: Path) -> Config:
 
 
 def read(adapters: Adapters, name: str, cfg: Config, tensors: dict[str, Tensor], path: Path) -> Adapter:
-    """Add the adapter and fill every parameter; a missing, extra or misshapen tensor is an error and adds nothing."""
+    """Add the adapter and fill every tensor; a missing, extra or misshapen tensor is an error and adds nothing."""
     adapter = adapters.add(name, cfg)
     try:
-        fill(adapter, {key: key for key in adapter.parameters()}, tensors, path)
+        fill(adapter, {key: key for key in adapter.tensors()}, tensors, path)
     except BaseException:
         adapters.remove(name)
         raise
@@ -55,8 +54,8 @@ def read(adapters: Adapters, name: str, cfg: Config, tensors: dict[str, Tensor],
 
 
 def fill(adapter: Adapter, keys: dict[str, str], tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy tensors into parameters; keys: our parameter -> its name in the file. All or nothing."""
-    params = adapter.parameters()
+    """Copy tensors into parameters and buffers; keys: our tensor -> its name in the file. All or nothing."""
+    params = adapter.parameters() | adapter.buffers()
     for theirs in keys.values():
         if theirs not in tensors:
             raise UserError(f"{path}: tensor {theirs} is missing")
@@ -71,7 +70,7 @@ def fill(adapter: Adapter, keys: dict[str, str], tensors: dict[str, Tensor], pat
         assign(params[ours], tensors[theirs])
 
 
-def assign(param: Any, value: Tensor) -> None:
-    """A parameter takes a file's numbers exactly: it widens to the file's dtype if that is wider."""
+def assign(param: Tensor, value: Tensor) -> None:
+    """A tensor takes a file's numbers exactly: it widens to the file's dtype if that is wider."""
     wide = torch.promote_types(param.dtype, value.dtype)
     param.data = value.detach().to(param.device, wide).clone()

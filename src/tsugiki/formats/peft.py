@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,64 +17,58 @@ from ..methods import METHODS
 from ..sites import LINEAR_ROLES, ROLES, Site
 from ..tap import Unsaved
 from . import native
+from .disk import MANIFEST
 
 PREFIX = "base_model.model."
 TABLE = "prompt_embeddings"
-FREE = {"auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "peft_type"}   # say nothing
-# Every other field of PEFT 0.21's configs, with the values that ask for nothing. Any other value is an error.
-NEUTRAL: dict[str, dict[str, tuple]] = {
-    "LORA": {
-        "task_type": (None, "CAUSAL_LM"), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal"),
-        "megatron_core": ("megatron.core", None), "qalora_group_size": (16, None), "use_dora": (False, None),
-        "use_qalora": (False, None), "lora_bias": (False, None), "ensure_weight_tying": (False, None),
-        **dict.fromkeys(("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern",
-                         "alpha_pattern", "megatron_config", "trainable_token_indices", "loftq_config", "eva_config",
-                         "corda_config", "lora_ga_config", "velora_config", "alora_invocation_tokens",
-                         "monteclora_config", "layer_replication", "target_parameters", "use_bdlora", "arrow_config",
-                         "kasa_config"), (None, False)),
-    },
-    "PROMPT_TUNING": {
-        "task_type": (None, "CAUSAL_LM"), "num_transformer_submodules": (None, 1), "modules_to_save": (None,),
-        "prompt_tuning_init": ("RANDOM", "TEXT", "SAMPLE_VOCAB", None), "tokenizer_kwargs": (None,),
-    },
-    "PREFIX_TUNING": {
-        "task_type": (None, "CAUSAL_LM"), "num_transformer_submodules": (None, 1), "modules_to_save": (None,),
-        "prefix_projection": (False, None), "init_weights": (None, True, False),
-    },
-}
-DESCRIBED = {"LORA": {"target_modules", "fan_in_fan_out"},     # fields read elsewhere in this file
-             "PROMPT_TUNING": {"token_dim", "num_attention_heads", "num_layers", "prompt_tuning_init_text",
-                               "tokenizer_name_or_path"},
-             "PREFIX_TUNING": {"token_dim", "num_attention_heads", "num_layers", "encoder_hidden_size"}}
+# Fields that say nothing about what an adapter computes.
+FREE = {"auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "peft_type", "runtime_config"}
 
 
-def writable(adapter: Adapter) -> bool:
-    """Can PEFT address every site of this adapter?"""
-    spec = adapter.cfg.peft
-    if spec is None or adapter.shared.state_dict():
+def writable(adapter: Adapter, cfg: Config) -> bool:
+    """Can PEFT address every site of this adapter, as `cfg` stores it?"""
+    spec = cfg.peft
+    if spec is None or not spec.fits(adapter):
         return False
     if spec.virtual:                                  # PEFT fills the cache, which holds some families' keys repeated
         return not any(s.repeated and s.d_out != adapter.home.sites[0].d_out for s, _ in adapter.edits.values())
-    return all(s.features is None and s.name == s.module for s, _ in adapter.edits.values())
+    return all(s.features is None and not s.span and s.name == s.module for s in _named(adapter))
 
 
-def write(adapter: Adapter, base: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    spec = adapter.cfg.peft
+def _named(adapter: Adapter) -> list[Site]:
+    """The sites whose edits PEFT writes tensors of: those with any."""
+    return [s for s, edit in adapter.edits.values() if next(edit.parameters(), None) is not None]
+
+
+def write(adapter: Adapter, cfg: Config, tensors: dict[str, Tensor],
+          base: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """PEFT's config and tensors of an adapter, from what `cfg.stored` gave."""
+    spec = cfg.peft
     config = {"peft_type": spec.kind, "task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": base}
-    config |= {theirs: getattr(adapter.cfg, ours) for ours, theirs in spec.fields.items()}
-    found = [site for site, _ in adapter.edits.values()]
+    config |= {theirs: _plain(getattr(cfg, ours)) for ours, theirs in spec.fields.items()} | dict(spec.constants)
+    found = _named(adapter)
+
+    def names(sites: Iterable[Site]) -> list[str]:
+        return _suffixes(adapter.home.model, {spec.path(s) for s in sites})
     if spec.virtual:
-        tables = [edit.tokens.detach() for _, edit in adapter.edits.values()]      # key 0, value 0, key 1, ...
-        return config | _shape_of(adapter, found), {TABLE: torch.cat(tables, 1)}
-    modules = {s.module for s in found}
-    config |= {"bias": "none", "target_modules": _suffixes(adapter.home.model, modules),
-               "fan_in_fan_out": any(isinstance(s.exit, Conv1D) for s in found)}
-    params = adapter.parameters()
-    return config, {f"{PREFIX}{s.module}.{theirs}": params[f"{s.name}.{ours}"].detach()
-                    for s in found for ours, theirs in spec.tensors.items()}
+        config |= _shape_of(adapter, list(adapter.sites)) | spec.write(adapter, names)
+        return config, {TABLE: torch.cat([tensors[f"{s.name}.tokens"] for s in adapter.sites], 1)}   # key 0, value 0, key 1, ...
+    if "target_modules" in spec.known:
+        config["target_modules"] = names(found)
+    if "fan_in_fan_out" in spec.known:
+        config["fan_in_fan_out"] = any(isinstance(s.exit, Conv1D) for s in found)
+    written = {f"{PREFIX}{spec.path(s)}.{theirs}": tensors[f"{s.name}.{ours}"]
+               for s in found for ours, theirs in spec.tensors.items() if f"{s.name}.{ours}" in tensors}
+    written |= {theirs: tensors[f"shared.{ours}"] for ours, theirs in spec.shared.items()}
+    return config | spec.write(adapter, names), written
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _shape_of(adapter: Adapter, found: list[Site]) -> dict[str, Any]:
+    """The fields in which PEFT repeats the model's shape."""
     keys = [s for s in adapter.home.sites if s.role == "key"]
     prefix = found[0].role == "key"
     queries = next(s for s in adapter.home.sites if s.role == "o").d_in
@@ -103,36 +98,63 @@ def _suffixes(model: nn.Module, modules: set[str]) -> list[str]:
     return sorted(modules)
 
 
-def read_config(config: dict[str, Any], path: Path) -> tuple[type[Config], dict[str, Any]]:
-    """The method and its fields (without targets); every field of the file is understood or refused."""
-    kinds = {cls.peft.kind: cls for cls in METHODS.values() if cls.peft is not None}
+def read_config(config: dict[str, Any], path: Path, method: str | None = None) -> type[Config]:
+    """The method that a config is of; every field is understood or refused. `method`: what a manifest says it is."""
     kind = config.get("peft_type")
+    kinds = sorted({cls.peft.kind for cls in METHODS.values() if cls.peft is not None})
     if not isinstance(kind, str) or kind not in kinds:
         raise UserError(f"{path}: peft_type: {kind!r} is not supported{nearest(kind, kinds)} (supported: {' '.join(kinds)})")
-    spec, neutral = kinds[kind].peft, NEUTRAL[kind]
+    cls = METHODS.get(method) if method else _method_of(kind, config)
+    if cls is None or cls.peft is None or cls.peft.kind != kind:
+        raise UserError(f"{path}: peft_type: is {kind}, which the method {method!r} of {MANIFEST} is not written as")
+    spec = cls.peft
     for key, value in config.items():
-        if key in FREE or key in DESCRIBED[kind] or key in spec.fields.values():
+        if key in FREE or key in spec.known or key in spec.fields.values():
             continue
-        if key not in neutral:
+        allowed = (spec.constants[key],) if key in spec.constants else spec.neutral.get(key)
+        if allowed is None:
             if value not in (None, False, "") and value != [] and value != {}:
-                raise UserError(f"{path}: {key}: not a field of {kind} that is known here{nearest(key, neutral)}")
-        elif value not in ([], {}) and not any(value is v or (type(value) is type(v) and value == v) for v in neutral[key]):
-            raise UserError(f"{path}: {key}: {str(value)[:60]!r} is not supported (supported: {neutral[key][0]!r})")
+                raise UserError(f"{path}: {key}: not a field of {kind} that is known here{nearest(key, spec.neutral)}")
+        elif value not in ([], {}) and not any(value is v or (type(value) is type(v) and value == v) for v in allowed):
+            raise UserError(f"{path}: {key}: {str(value)[:60]!r} is not supported (supported: {allowed[0]!r})")
+    if spec.size and spec.size not in config:
+        raise UserError(f"{path}: {spec.size}: is missing")
+    return cls
+
+
+def _method_of(kind: str, config: dict[str, Any]) -> type[Config]:
+    """The method that writes its own `peft` of this kind and whose constants the config has; the most special one."""
+    mine = [cls for cls in METHODS.values() if cls.peft is not None and cls.peft.kind == kind and "peft" in vars(cls)]
+    fits = [c for c in mine if all(config.get(k) == v for k, v in c.peft.constants.items())]
+    return max(fits or mine, key=lambda c: len(c.peft.constants))
+
+
+def values_of(adapters: Adapters, cls: type[Config], config: dict[str, Any], tensors: dict[str, Tensor], path: Path,
+              file: Path) -> dict[str, Any]:
+    """Our settings, from PEFT's config."""
+    spec = cls.peft
     values = {ours: config[theirs] for ours, theirs in spec.fields.items() if config.get(theirs) is not None}
-    needed = "num_virtual_tokens" if spec.virtual else "r"
-    if needed not in config:
-        raise UserError(f"{path}: {needed}: is missing")
-    return kinds[kind], values
+
+    def targets(wanted: Any) -> tuple[str, ...] | str:
+        modules = _targeted(adapters, {"target_modules": wanted}, path)
+        return _shortest(adapters, cls, {s.name for s in adapters.sites if s.name == s.module and spec.path(s) in modules})
+    if not spec.virtual and "target_modules" in spec.known:
+        values["targets"] = targets_of(adapters, cls, config, tensors, path, file)
+    try:
+        return values | spec.read(config, targets)
+    except (TypeError, KeyError, AttributeError, ValueError) as e:
+        raise e if isinstance(e, UserError) else UserError(f"{path}: {str(e).splitlines()[0][:200]}") from None
 
 
 def targets_of(adapters: Adapters, cls: type[Config], config: dict[str, Any], tensors: dict[str, Tensor],
                path: Path, file: Path) -> tuple[str, ...] | str:
     """The sites a PEFT folder names, checked against its tensors, in the shortest form that selects exactly them."""
     modules = _targeted(adapters, config, path)
-    by_module = {s.module: s for s in adapters.sites if s.name == s.module and s.role in cls.edit.roles}
+    roles = {role for part in cls().parts for role in part.edit.roles}
+    by_module = {s.module: s for s in adapters.sites if s.name == s.module and s.role in roles}
     for module in sorted(modules):
         if module not in by_module:
-            raise UserError(f"{path}: target_modules: matches {module}, which is not a linear an adapter can sit on here")
+            raise UserError(f"{path}: target_modules: matches {module}, which is nothing that {cls.name} can sit on here")
     have = {n.removeprefix(PREFIX).removesuffix(f".{t}") for n in tensors for t in cls.peft.tensors.values()
             if n.startswith(PREFIX) and n.endswith(f".{t}")}
     if missing := sorted(modules - have):
@@ -141,9 +163,9 @@ def targets_of(adapters: Adapters, cls: type[Config], config: dict[str, Any], te
     if extra := sorted(have - modules):
         raise UserError(f"{file}: tensor {PREFIX}{extra[0]}... belongs to a module that target_modules does not name")
     fans = {isinstance(by_module[m].exit, Conv1D) for m in modules}
-    if bool(config.get("fan_in_fan_out")) != (True in fans):
+    if "fan_in_fan_out" in cls.peft.known and bool(config.get("fan_in_fan_out")) != (True in fans):
         raise UserError(f"{path}: fan_in_fan_out: is {config.get('fan_in_fan_out')}, the base's weights say {True in fans}")
-    return _shortest(adapters, {by_module[m].name for m in modules})
+    return _shortest(adapters, cls, {by_module[m].name for m in modules})
 
 
 def without_copies(adapters: Adapters, tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
@@ -177,10 +199,12 @@ def _targeted(adapters: Adapters, config: dict[str, Any], path: Path) -> set[str
     return found
 
 
-def _shortest(adapters: Adapters, names: set[str]) -> tuple[str, ...] | str:
+def _shortest(adapters: Adapters, cls: type[Config], names: set[str]) -> tuple[str, ...] | str:
     whole = {s.name for s in adapters.sites if s.role in LINEAR_ROLES and s.features is None}
     if names == whole:
         return "linear"
+    if {s.name for s in adapters.sites if s.role in (default := getattr(cls(), "targets", ()))} == names:
+        return default
     roles = tuple(r for r in ROLES if any(s.role == r and s.name in names for s in adapters.sites))
     if {s.name for s in adapters.sites if s.role in roles} == names:
         return roles
@@ -190,14 +214,15 @@ def _shortest(adapters: Adapters, names: set[str]) -> tuple[str, ...] | str:
 def read(adapters: Adapters, name: str, cfg: Config, config: dict[str, Any], tensors: dict[str, Tensor], path: Path,
          file: Path) -> Adapter:
     """Add the adapter and fill it from PEFT's tensors; any difference is an error and adds nothing."""
-    adapter = adapters.add(name, cfg)
+    spec, adapter = cfg.peft, adapters.add(name, cfg)
     try:
-        if cfg.peft.virtual:
+        if spec.virtual:
             _fill_table(adapter, config, tensors, path, file)
         else:
-            keys = {f"{s.name}.{ours}": f"{PREFIX}{s.module}.{theirs}"
-                    for s, _ in adapter.edits.values() for ours, theirs in cfg.peft.tensors.items()}
-            native.fill(adapter, keys, tensors, file)
+            mine = adapter.tensors()
+            keys = {f"{s.name}.{ours}": f"{PREFIX}{spec.path(s)}.{theirs}" for s in _named(adapter)
+                    for ours, theirs in spec.tensors.items() if f"{s.name}.{ours}" in mine}
+            native.fill(adapter, keys | {f"shared.{ours}": theirs for ours, theirs in spec.shared.items()}, tensors, file)
     except BaseException:
         adapters.remove(name)
         raise
@@ -205,16 +230,16 @@ def read(adapters: Adapters, name: str, cfg: Config, config: dict[str, Any], ten
 
 
 def _fill_table(adapter: Adapter, config: dict[str, Any], tensors: dict[str, Tensor], path: Path, file: Path) -> None:
-    widths = [site.d_out for site, _ in adapter.edits.values()]
+    widths = [site.d_out for site in adapter.sites]
     extra = sorted(tensors.keys() - {TABLE})
     if extra or TABLE not in tensors:
         raise UserError(f"{file}: tensor {extra[0]} is not expected" if extra else f"{file}: tensor {TABLE} is missing")
-    if not writable(adapter):
+    if not writable(adapter, adapter.cfg):
         raise UserError(f"{path}: peft_type: this base's cache repeats its keys, so PEFT's table does not fit its own keys")
     expected = (adapter.cfg.tokens, sum(widths))
     if tensors[TABLE].shape != expected:
         raise UserError(f"{file}: tensor {TABLE} has shape {tuple(tensors[TABLE].shape)}, expected {expected}")
-    for key, value in _shape_of(adapter, [s for s, _ in adapter.edits.values()]).items():
+    for key, value in _shape_of(adapter, list(adapter.sites)).items():
         if config.get(key) not in (None, value):
             raise UserError(f"{path}: {key}: is {config[key]!r}, this base needs {value}")
     for param, part in zip(adapter.parameters().values(), tensors[TABLE].split(widths, 1), strict=True):

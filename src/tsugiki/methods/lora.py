@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..edit import Config, Edit, Start, setting
-from ..formats.spec import Peft
+from ..formats.spec import NOTHING, TUNER, Peft
 from ..route import Context, dropout
 from ..sites import Site
 
@@ -50,6 +50,12 @@ class LoRA(Config):
     name: ClassVar[str] = "lora"
     edit: ClassVar[type[Edit]] = LoRAEdit
     lr: ClassVar[float] = 2e-4
-    peft: ClassVar[Peft] = Peft("LORA", fields={"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout",
-                                                "rslora": "use_rslora"},
-                                tensors={"A": "lora_A.weight", "B": "lora_B.weight"})
+    peft: ClassVar[Peft] = Peft(
+        "LORA", fields={"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"},
+        tensors={"A": "lora_A.weight", "B": "lora_B.weight"}, known=frozenset({"target_modules", "fan_in_fan_out"}),
+        neutral=TUNER | {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+                         "megatron_core": ("megatron.core", None), "qalora_group_size": (16, None)}
+        | dict.fromkeys(("use_dora", "use_qalora", "lora_bias", "ensure_weight_tying", "rank_pattern", "alpha_pattern",
+                         "megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
+                         "alora_invocation_tokens", "monteclora_config", "layer_replication", "target_parameters",
+                         "use_bdlora", "arrow_config", "kasa_config"), NOTHING))

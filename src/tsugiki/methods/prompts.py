@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from ..edit import Config, Edit, Start, setting
-from ..formats.spec import Peft
+from ..formats.spec import VIRTUAL, Peft
 from ..route import Context
 from ..sites import Site
+
+SHAPE = frozenset({"token_dim", "num_attention_heads", "num_layers"})       # of the model, which formats.peft compares
 
 
 class VirtualEdit(Edit):
@@ -68,7 +70,10 @@ class Prompt(Config):
     edit: ClassVar[type[Edit]] = PromptEdit
     lr: ClassVar[float] = 3e-2
     targets: ClassVar[tuple[str, ...]] = ("embed",)
-    peft: ClassVar[Peft] = Peft("PROMPT_TUNING", fields={"tokens": "num_virtual_tokens"}, virtual=True)
+    peft: ClassVar[Peft] = Peft(
+        "PROMPT_TUNING", fields={"tokens": "num_virtual_tokens"}, virtual=True, size="num_virtual_tokens",
+        known=SHAPE | {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"},
+        neutral=VIRTUAL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,4 +85,7 @@ class Prefix(Config):
     edit: ClassVar[type[Edit]] = PrefixEdit
     lr: ClassVar[float] = 1e-2
     targets: ClassVar[tuple[str, ...]] = ("key", "value")
-    peft: ClassVar[Peft] = Peft("PREFIX_TUNING", fields={"tokens": "num_virtual_tokens"}, virtual=True)
+    peft: ClassVar[Peft] = Peft(
+        "PREFIX_TUNING", fields={"tokens": "num_virtual_tokens"}, virtual=True, size="num_virtual_tokens",
+        known=SHAPE | {"encoder_hidden_size"},
+        neutral=VIRTUAL | {"prefix_projection": (False, None), "init_weights": (None, True, False)})

@@ -28,8 +28,10 @@ class Checkpoint:
 
 
 def save(root: Path, step: int, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict,
-         keep: int = 2, best: dict[str, torch.Tensor] | None = None) -> Path:
+         keep: int = 2, best: dict[str, torch.Tensor] | None = None, buffers: dict[str, torch.Tensor] | None = None) -> Path:
     """Write `root/step-00000123/` under a temporary name, fsync, manifest last, rename; then prune to `keep`.
+
+    buffers: tensors that training changes without an optimizer.
 
     Raises OSError (disk full, read-only) with every earlier checkpoint untouched.
     """
@@ -38,7 +40,7 @@ def save(root: Path, step: int, params: dict[str, nn.Parameter], optimizer: torc
     clean(root)
     temporary.mkdir()
     try:
-        save_file({n: p.detach().contiguous() for n, p in params.items()}, temporary / "params.safetensors")
+        save_file({n: p.detach().contiguous() for n, p in (params | (buffers or {})).items()}, temporary / "params.safetensors")
         save_file(_optimizer_tensors(params, optimizer), temporary / "optimizer.safetensors")
         if best:
             save_file(best, temporary / "best.safetensors")
@@ -104,13 +106,14 @@ def verify(path: Path) -> str | None:
     return None
 
 
-def restore(checkpoint: Checkpoint, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Put the saved bits back into params and optimizer; returns the best parameters so far ({} if none)."""
-    saved = load_file(checkpoint.path / "params.safetensors")
-    if saved.keys() != params.keys():
+def restore(checkpoint: Checkpoint, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
+            buffers: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """Put the saved bits back into params, buffers and optimizer; returns the best tensors so far ({} if none)."""
+    saved, tensors = load_file(checkpoint.path / "params.safetensors"), params | (buffers or {})
+    if saved.keys() != tensors.keys():
         raise RunError(f"{checkpoint.path}: holds other tensors than this run trains; delete it or choose another --out")
     with torch.no_grad():
-        for name, p in params.items():
+        for name, p in tensors.items():
             p.copy_(saved[name])
     moments = load_file(checkpoint.path / "optimizer.safetensors")
     for name, p in params.items():

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tsugiki.adapters import Adapter
 from tsugiki.config import TrainConfig
 from tsugiki.data.batch import Batch, collate, micro_batches, step_rows
 from tsugiki.data.render import Example
@@ -47,6 +48,12 @@ class Job:
     evaluate: Callable[[], Score] | None = None
     untrained: Callable[[], AbstractContextManager] = nullcontext
     autocast: Callable[[], AbstractContextManager] = nullcontext
+    adapter: Adapter | None = None                    # its method may scale rates, add a penalty, and act after each step
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What training changes: parameters and, of an adapter, buffers."""
+        return self.params | (self.adapter.buffers() if self.adapter else {})
 
     @property
     def steps(self) -> int:
@@ -109,12 +116,14 @@ class _Run:
 
     def __init__(self, job: Job, out: Path, say: Callable[[str], None]):
         self.job, self.root = job, out / "checkpoints"
-        self.optimizer = adamw(job.params.values(), job.lr, job.cfg.weight_decay, job.cfg.beta2)
+        scale = job.adapter.cfg.lr_scale if job.adapter else (lambda name: 1.0)
+        self.optimizer = adamw(job.params, job.lr, job.cfg.weight_decay, job.cfg.beta2, scale)
+        self.buffers = {n: t for n, t in job.tensors.items() if n not in job.params}
         checkpoints.clean(self.root)
         found = checkpoints.newest(self.root, say)
         self.resumed = found is not None
         self.progress = Progress(**found.state) if found else Progress()
-        self.best = checkpoints.restore(found, job.params, self.optimizer) if found else {}
+        self.best = checkpoints.restore(found, job.params, self.optimizer, self.buffers) if found else {}
         if found:
             unfinished = self.progress.step < job.steps and not self.progress.stopped
             say(f"going on from step {self.progress.step} of {job.steps}" if unfinished
@@ -124,7 +133,7 @@ class _Run:
     def save(self) -> None:
         self.progress.offset = self.metrics.sync()
         checkpoints.save(self.root, self.progress.step, self.job.params, self.optimizer, vars(self.progress),
-                         self.job.cfg.save_keep, self.best)
+                         self.job.cfg.save_keep, self.best, self.buffers)
 
     def score(self) -> None:
         """Evaluate; remember the best parameters if they are asked for, and stop when patience is out."""
@@ -134,7 +143,7 @@ class _Run:
         if progress.best is None or result.better_than(progress.best):
             progress.best, progress.best_step, progress.stale = result.value, progress.step, 0
             if cfg.keep == "best" or cfg.patience:
-                self.best = {n: p.detach().clone() for n, p in self.job.params.items()}
+                self.best = {n: p.detach().clone() for n, p in self.job.tensors.items()}
             return
         progress.stale += 1
         if cfg.patience and progress.stale >= cfg.patience:
@@ -145,7 +154,7 @@ class _Run:
         """Put the best evaluated parameters in place, if the run keeps those."""
         if not self.best or not (self.job.cfg.keep == "best" or self.progress.stopped):
             return
-        for name, p in self.job.params.items():
+        for name, p in self.job.tensors.items():
             p.copy_(self.best[name])
         if self.progress.best_step != self.progress.step:
             self.progress.after = self.job.evaluate().plain()
@@ -161,9 +170,12 @@ class _Run:
         batches = [collate(job.examples, cut, job.pad_id).to(device) for cut in cuts]
         lr = job.lr * schedule(cfg.schedule, step, job.steps, cfg.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
+        adapter = job.adapter
         result = train_step(job.model, batches, job.params, self.optimizer, clip=cfg.clip, step=step + 1,
-                            where=lambda i: job.examples[i].where, route=lambda b: job.route(b, step), autocast=job.autocast)
+                            where=lambda i: job.examples[i].where, route=lambda b: job.route(b, step), autocast=job.autocast,
+                            penalty=(lambda: adapter.cfg.penalty(adapter)) if adapter else lambda: None,
+                            after=(lambda: adapter.cfg.after_step(adapter, step + 1, job.steps)) if adapter else lambda: None)
         took = time.monotonic() - began
         progress.step, progress.tokens, progress.seconds = step + 1, progress.tokens + result.tokens, progress.seconds + took
         if progress.step % cfg.log_steps == 0 or progress.step in (1, job.steps):

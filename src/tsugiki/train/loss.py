@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tsugiki.data.batch import IGNORE, Batch
+from tsugiki.route import before_first
 
 
 @contextmanager
@@ -41,6 +42,14 @@ def takes_positions(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
+def _prompts(batch: Batch) -> torch.Tensor:
+    """(B, T) bool: the tokens before the first trained one of their document."""
+    trained, starts = torch.zeros_like(batch.ids, dtype=torch.bool), torch.zeros_like(batch.ids, dtype=torch.bool)
+    trained[:, 1:] = batch.targets[:, :-1] != IGNORE
+    starts[:, 1:] = batch.positions[:, 1:] <= batch.positions[:, :-1]
+    return before_first(trained, starts)
+
+
 def token_losses(model: nn.Module, batch: Batch, **route: object) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy (nats) of every target of the batch.
 
@@ -51,6 +60,8 @@ def token_losses(model: nn.Module, batch: Batch, **route: object) -> tuple[torch
     inputs = {"input_ids": batch.ids, "use_cache": False} | route
     if batch.packed:
         inputs["position_ids"] = batch.positions
+    if getattr(getattr(model, "adapters", None), "placed", None):                # some adapter must know where prompts end
+        inputs["prompt_mask"] = _prompts(batch)
     with _head_sees_only(model, rows, columns, batch.ids.shape[1]) as selected:
         logits = model(**inputs).logits
     logits = logits[:, 0] if selected else logits[rows, columns]                   # (N, V)

@@ -2,18 +2,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 
-def adamw(params: Iterable[nn.Parameter], lr: float, weight_decay: float, beta2: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019), fused. Vectors (norms, biases, gates) are not decayed."""
-    params = list(params)
-    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, beta2), fused=True)
+def adamw(params: dict[str, nn.Parameter], lr: float, weight_decay: float, beta2: float,
+          scale: Callable[[str], float] = lambda name: 1.0) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019), fused. Vectors (norms, biases, gates) are not decayed.
+
+    scale: by a parameter's name, what its learning rate is multiplied with; each group keeps it under "scale".
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in params.items():
+        groups.setdefault((weight_decay if p.dim() >= 2 else 0.0, scale(name)), []).append(p)
+    made = [{"params": ps, "weight_decay": decay, "lr": lr * by, "scale": by} for (decay, by), ps in groups.items()]
+    return torch.optim.AdamW(made, lr=lr, betas=(0.9, beta2), fused=True)
 
 
 def schedule(kind: str, step: int, steps: int, warmup: float) -> float:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -18,9 +19,10 @@ from torch import nn
 
 from tsugiki import formats
 from tsugiki.adapters import attach
-from tsugiki.config import RunConfig
+from tsugiki.config import RunConfig, TrainConfig
 from tsugiki.data import Columns, Conversation, Renderer, duplicates, load_conversations, split
-from tsugiki.data.batch import stream_key
+from tsugiki.data.batch import collate, step_rows, stream_key
+from tsugiki.data.render import Example
 from tsugiki.errors import UserError
 from tsugiki.evaluate.answers import generate_answers, room
 from tsugiki.evaluate.score import evaluate
@@ -157,8 +159,7 @@ def run(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, *, quiet: bool 
     out, train = Path(cfg.out), cfg.train
     method = make(**cfg.method)
     model.eval()                                      # a base's own dropout would draw from the global generator
-    params, adapter = _trainable(model, method, cfg)
-    _frozen_but(model, params)
+    params, adapter = _trainable(model, tokenizer, method, cfg)
     full = adapter is None
     limit = min(train.max_length, room(model) or train.max_length)
     renderer = Renderer(tokenizer, template=rows.template, train_on=cfg.data.train_on, stop=cfg.data.stop)
@@ -166,6 +167,10 @@ def run(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, *, quiet: bool 
     _say_report(report, limit, say)
     if largest_tensor(model, examples, train) >= MAPPED:
         keep_freed_memory()
+    if adapter is not None:
+        method.prepare(adapter, partial(_look, model, examples, train, pad_id(tokenizer), cfg.adapter))
+        params = adapter.parameters()                 # a start made from data may have changed their shapes
+    _frozen_but(model, params)
     scoring = None
     if rows.held_out:
         scoring = partial(evaluate, model, renderer, rows.held_out, cfg.eval, pad_id(tokenizer), limit)
@@ -175,7 +180,8 @@ def run(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, *, quiet: bool 
     job = Job(model, params, examples, train, method.lr if train.lr is None else train.lr, pad_id(tokenizer),
               choose_layout(model, examples, train, virtual=bool(adapter and adapter.virtual)),
               route=_route(cfg, adapter), evaluate=scoring,
-              untrained=base, autocast=partial(torch.autocast, device.type, torch.bfloat16) if autocast else nullcontext)
+              untrained=base, adapter=adapter,
+              autocast=partial(torch.autocast, device.type, torch.bfloat16) if autocast else nullcontext)
     if train.compile:
         for layer in find(model, family_of(model).layers, "layers"):
             layer.compile()
@@ -207,7 +213,16 @@ def _say_report(report, limit: int, say: Callable[[str], None]) -> None:
         say(f"{report.split:,} conversations were split into one row a turn: their turns do not continue each other's tokens")
 
 
-def _trainable(model: nn.Module, method, cfg: RunConfig):
+@torch.no_grad()
+def _look(model: nn.Module, examples: Sequence[Example], train: TrainConfig, pad: int, adapter: str, batches: int = 8) -> None:
+    """The model's forward over the rows of the first steps, for a method that starts from data."""
+    for step in range(min(batches, math.ceil(len(examples) / train.batch_size))):
+        rows = step_rows(len(examples), train.batch_size, train.seed, step)
+        batch = collate(examples, [[i] for i in rows], pad).to(next(model.parameters()).device)
+        model(input_ids=batch.ids, attention_mask=(batch.samples >= 0).long(), use_cache=False, adapter_ids=adapter)
+
+
+def _trainable(model: nn.Module, tokenizer, method, cfg: RunConfig):
     """(parameters by name, the adapter or None): full fine-tuning trains the base's own, in float32."""
     if isinstance(method, Full):
         if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
@@ -215,7 +230,7 @@ def _trainable(model: nn.Module, method, cfg: RunConfig):
         return method.select(model), None
     adapters = attach(model)
     there = cfg.adapter in adapters.names()
-    adapter = adapters.get(cfg.adapter) if there else adapters.add(cfg.adapter, method, seed=cfg.train.seed)
+    adapter = adapters.get(cfg.adapter) if there else adapters.add(cfg.adapter, method, seed=cfg.train.seed, tokenizer=tokenizer)
     if not adapter.parameters():
         raise UserError(f"method.name: {method.name} with these settings has nothing to train on this model")
     adapters.active = (cfg.adapter,)
@@ -232,7 +247,7 @@ def _route(cfg: RunConfig, adapter):
     """Per batch: which adapter, and dropout keys that are a function of (seed, step, row, position)."""
     if adapter is None:
         return lambda batch, step: {}
-    if not getattr(adapter.cfg, "dropout", 0.0):
+    if not any(getattr(part, "dropout", 0.0) for part in adapter.cfg.parts):
         return lambda batch, step: {"adapter_ids": cfg.adapter}
     return lambda batch, step: {"adapter_ids": cfg.adapter,
                                 "token_keys": token_keys(cfg.train.seed, step, batch.samples, batch.positions)}

@@ -26,8 +26,12 @@ class StepResult:
 def train_step(model: nn.Module, batches: Sequence[Batch], params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
                *, clip: float, step: int, where: Callable[[int], str],
                route: Callable[[Batch], dict] = lambda batch: {},
-               autocast: Callable[[], AbstractContextManager] = nullcontext) -> StepResult:
+               autocast: Callable[[], AbstractContextManager] = nullcontext,
+               penalty: Callable[[], torch.Tensor | None] = lambda: None, after: Callable[[], None] = lambda: None) -> StepResult:
     """One update from all micro-batches: loss = sum over supervised tokens / their count over the WHOLE step.
+
+    penalty: a term of the method's own, once a step, not part of the loss reported; after: called when the update is done,
+    with the gradients still there.
 
     No micro-batch divides by its own count, so every way of cutting a step gives the same gradient.
     Raises RunError before the update when a loss or gradient is not finite, naming the step and the rows.
@@ -49,6 +53,8 @@ def train_step(model: nn.Module, batches: Sequence[Batch], params: dict[str, nn.
                            "nothing was updated, the last checkpoint is good")
         (part / count).backward()
         total += float(part.detach())
+    if (extra := penalty()) is not None:
+        extra.backward()
     norm = grad_norm(params.values())
     if not torch.isfinite(norm):
         name = next((n for n, p in params.items() if p.grad is not None and not torch.isfinite(p.grad).all()), "their sum")
@@ -64,6 +70,7 @@ def train_step(model: nn.Module, batches: Sequence[Batch], params: dict[str, nn.
     if silent:
         raise RunError(f"step 1: {len(silent)} trained tensors get no gradient, first {silent[0]}: they would stay as they are")
     optimizer.step()
+    after()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(total / count, count, sum(b.tokens for b in batches), float(norm))
 
