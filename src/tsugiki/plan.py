@@ -93,6 +93,10 @@ def plan(base: str, config: Config, *, tokens: int = 4096, length: int | None = 
     trained: share of them that are targets, at the end of each row. timed: also measure this machine and estimate time.
     A method that cannot be rehearsed is run for real on copies of 2 and 4 layers. Raises UserError as the run would.
     """
+    for flag, value, good in (("tokens", tokens, tokens >= 2), ("length", length, length is None or length >= 2),
+                              ("trained", trained, 0 < trained <= 1)):
+        if not good:
+            raise UserError(f"--{flag} {value}: must be {'above 0 and at most 1' if flag == 'trained' else 'at least 2'}")
     read = base_config(base, trust_remote_code)
     width = min(length or LENGTH, tokens)
     case = _Case(config, max(1, tokens // width), width, trained, dtype, torch.device(device), stored_dtype(base), timed,
