@@ -17,7 +17,7 @@ from tsugiki.evaluate.answers import generate_answers
 from tsugiki.formats.export import export_model, merge_to_folder
 from tsugiki.methods import BitFit, Full, LoRA
 
-WEIGHTS = [n for n, c in CASES.items() if c.edit is not None and c.edit.merge is not Edit.merge]
+WEIGHTS = [n for n, c in CASES.items() if c.parts and all(part.edit.merge is not Edit.merge for part in c.parts)]
 
 
 def probe(model):

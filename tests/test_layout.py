@@ -24,20 +24,21 @@ UNITS = {
 GRAPH: dict[str, set[str]] = {
     "errors": set(),
     "memory": set(),
-    "load": {"errors"},
     "weights": {"errors"},
+    "load": {"errors", "weights"},
     "sites": {"errors", "weights"},
     "core": {"errors", "sites", "weights"},
     "formats.spec": set(),                            # what a method declares about its form on disk: data only
     "methods": {"core", "errors", "formats.spec", "sites"},
-    "formats": {"core", "errors", "load", "methods", "sites"},
+    "formats": {"core", "errors", "load", "methods", "sites", "weights"},
     "data": {"errors"},
     "config": {"data", "errors"},
     "train.loss": {"core", "data"},                           # the trainer's and the evaluator's
     "evaluate": {"config", "data", "errors", "load", "train.loss"},
-    "train": {"config", "core", "data", "errors", "evaluate", "formats", "load", "memory", "methods", "sites", "train.loss"},
+    "train": {"config", "core", "data", "errors", "evaluate", "formats", "load", "memory", "methods", "sites", "train.loss",
+              "weights"},
     "plan": {"config", "core", "data", "errors", "evaluate", "formats", "load", "methods", "train"},
-    "api": {"config", "core", "data", "errors", "evaluate", "load", "methods", "train"},
+    "api": {"config", "core", "data", "errors", "evaluate", "load", "methods", "train", "weights"},
     "top": {"api", "config", "core", "errors", "load", "methods", "sites"},
     "cli": {"api", "config", "core", "data", "errors", "evaluate", "formats", "load", "methods", "plan", "train"},
 }

@@ -14,7 +14,7 @@ from tsugiki.sites import FAMILIES
 
 F64 = torch.float64
 family = pytest.mark.parametrize("kind", FAMILIES)
-MERGEABLE = {n: c for n, c in METHOD_CASES.items() if c.edit.merge is not Edit.merge}
+MERGEABLE = {n: c for n, c in METHOD_CASES.items() if all(part.edit.merge is not Edit.merge for part in c.parts)}
 
 
 def bits(model):

@@ -38,11 +38,23 @@ FALCONS = {
 assert SPECS.keys() == FAMILIES.keys(), "a family without a tiny model is a family without tests"
 EXACT = 1e-12
 LOOSER = {"gptj": 1e-6}                               # transformers computes GPT-J's attention scores in float32
-SMALL = {"rank": 4, "tokens": 3, "size": 8}           # fields that give a method its size
-METHOD_CASES: dict[str, Config] = {
-    name: cls(**{f.name: SMALL[f.name] for f in dataclasses.fields(cls) if f.name in SMALL})
-    for name, cls in METHODS.items() if cls.edit is not None
-}
+SMALL = {"rank": 4, "tokens": 3, "size": 8, "hidden": 0}           # fields that give a method its size
+
+
+def small(cls: type[Config], **values: Any) -> Config:
+    """A method's config at a small size."""
+    return cls(**{f.name: SMALL[f.name] for f in dataclasses.fields(cls) if f.name in SMALL} | values)
+
+
+def cases(cls: type[Config]) -> dict[str, Config]:
+    """A method at a small size, and each other way through its code that it declares."""
+    found = {cls.name: small(cls)}
+    for values in cls.variants:
+        found[".".join([cls.name, *(f"{k}-{v}" for k, v in values.items() if not isinstance(v, dict))])] = small(cls, **values)
+    return found
+
+
+METHOD_CASES: dict[str, Config] = {name: cfg for cls in METHODS.values() for name, cfg in cases(cls).items() if cfg.parts}
 
 
 _softmax = torch.nn.functional.softmax

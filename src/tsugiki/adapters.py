@@ -19,7 +19,7 @@ from .route import prompting, using
 from .sites import Family, Site, family_of, select, sites
 from .tap import Unsaved, install
 from .virtual import enter, enter_part, leave
-from .weights import device_of
+from .weights import device_of, keep_exact
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +90,7 @@ class Adapters:
     def __init__(self, model: nn.Module, family: Family | None = None):
         self.family = family or family_of(model)
         self.sites = tuple(sites(model, self.family))             # raises before anything is changed
+        keep_exact(model)                                         # raises, too
         self.model = model
         self.arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.checkpointed = tuple(m for m in model.modules() if hasattr(m, "gradient_checkpointing"))
@@ -157,7 +158,9 @@ class Adapters:
         self._check_name(name)
         if not isinstance(config, Config) or not config.parts:
             raise UserError(f"adapter {name!r}: {getattr(config, 'name', config)!r} is not a method that adds an adapter")
-        chosen = [(part, self._chosen(part, config)) for part in config.parts]
+        chosen = [(part, sites) for part in config.parts if (sites := self._chosen(part, config))]
+        if not chosen:
+            raise UserError(f"{config.name}: none of its targets is a site that it edits")
         self.model.adapter_shared.add_module(key := f"of_{len(self.model.adapter_shared._modules)}_{name}".replace(".", "_"),
                                              shared := nn.ModuleDict())
         try:
@@ -236,9 +239,14 @@ class Adapters:
         """Every module that merges changed, with its weight from before, in the module's own layout."""
         return self._merged.originals()
 
-    def fingerprint(self) -> str:
-        """Names the base's weights, whatever precision they are loaded in and whatever is merged."""
-        return self._merged.fingerprint()
+    def fingerprints(self) -> tuple[str | None, str]:
+        """Name the base's weights, whatever is merged: all of them, in 16 bits or more whatever the precision (None for a base
+        in few bits); and those that few bits leave as they are (embeddings, norms, biases), the same for every precision."""
+        return self._merged.fingerprints()
+
+    def fingerprint(self) -> str | None:
+        """The first of `fingerprints`."""
+        return self.fingerprints()[0]
 
     def save(self, name: str, path: str | Path, **options: Any) -> Path:
         from .formats import save  # formats know adapters, not the other way round

@@ -80,9 +80,12 @@ def lora_parameters(d_in: int, d_out: int, rank: int) -> int:
 def base_config(base: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """The base's config.json: all that a plan reads of it."""
     try:
-        return AutoConfig.from_pretrained(base_path(base), trust_remote_code=trust_remote_code)
+        read = AutoConfig.from_pretrained(base_path(base), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as e:
         raise UserError(f"base: {base} cannot be read: {(str(e).splitlines() or [''])[0][:200]}") from None
+    if getattr(read, "quantization_config", None):
+        raise UserError(f"base: {base} is stored in few bits, which plan does not count; give the base it was made from")
+    return read
 
 
 def plan(base: str, config: Config, *, tokens: int = 4096, length: int | None = None, trained: float = 1.0,

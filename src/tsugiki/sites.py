@@ -71,7 +71,7 @@ FAMILIES: dict[str, Family] = {
                    head_dim="attn.head_dim", fused={"qkv": "concat"}),
     "gptj": Family("transformer.h", "transformer.wte",
                    _linears("attn", "q_proj k_proj v_proj out_proj", "up=mlp.fc_in down=mlp.fc_out"),
-                   head_dim="attn.head_dim", sincos="attn.embed_positions", scaling=None),
+                   head_dim="attn.head_dim", sincos="attn.embed_positions"),
     "gpt_neox": Family("gpt_neox.layers", "gpt_neox.embed_in", _linears("attention", "query_key_value dense", FOUR_H),
                        head_dim="attention.head_size", fused={"qkv": "grouped"}, rotary="gpt_neox.rotary_emb",
                        bias_flags={"attention_bias": ("qkv", "o")}),
@@ -100,6 +100,8 @@ class Site:
     head_dim: int = 0                                 # of a query, key or value
     key_scale: float = 1.0                            # what the model multiplies a rotated key with
     repeated: bool = False                            # the cache repeats this key for each query head
+    score_scale: float = 1.0                          # of a query: what the model multiplies its scores with
+    sincos: torch.Tensor | None = field(default=None, repr=False)     # of a query: table of (sin, cos) by position, for pairs
 
     @property
     def span(self) -> bool:
@@ -203,12 +205,36 @@ def _query_key_or_value(fam: Family, layer: nn.Module, part: Site, role: str, pr
     """Where a query, key or value leaves its last module before rotary positions and the cache."""
     repeated = bool(fam.repeats_keys and _value(layer, fam.repeats_keys)) and role != "query"
     site = replace(part, name=f"{prefix}.{role}", role=role, head_dim=head_dim, repeated=repeated)
+    if role == "query":
+        site = replace(site, score_scale=float(_value(layer, fam.scaling)) if fam.scaling else head_dim ** -0.5,
+                       sincos=_value(layer, fam.sincos) if fam.sincos else None)
     path = {"query": fam.query_out, "key": fam.key_out, "value": None}[role]
     if path is None or not hasattr(layer.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]):
         return replace(site, key_scale=scale) if role == "key" else site
     norm = layer.get_submodule(path)
     return replace(site, entry=norm, exit=norm, module=f"{prefix}.{path}", heads_first=fam.key_heads_first,
                    d_in=site.d_out, features=None, key_scale=scale if role == "key" else 1.0)
+
+
+def rotate(site: Site, query: torch.Tensor, positions: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
+    """A query (B, H, T, d) with its rotary positions, as the model turns it.
+
+    positions: (cos, sin), each (B or 1, T, width), for features in halves; (ids,) for pairs with a table; None for none.
+    """
+    if positions is None or (len(positions) == 1 and site.sincos is None):
+        return query
+    if len(positions) == 1:                           # GPT-J: features 2i and 2i + 1 turn together
+        sin, cos = (t.repeat_interleave(2, -1) for t in site.sincos.to(query.device)[positions[0]].chunk(2, -1))
+    else:
+        cos, sin = positions
+    cos, sin = (t.to(query.dtype).unsqueeze(1) for t in (cos, sin))           # (B, 1, T, width)
+    turned, rest = query.split([cos.shape[-1], query.shape[-1] - cos.shape[-1]], -1)
+    if len(positions) == 1:
+        swapped = torch.stack([-turned[..., 1::2], turned[..., ::2]], -1).flatten(-2)
+    else:
+        first, second = turned.chunk(2, -1)
+        swapped = torch.cat([-second, first], -1)
+    return torch.cat([turned * cos + swapped * sin, rest], -1)
 
 
 def select(all_sites: Sequence[Site], targets: tuple[str, ...] | str, allowed: tuple[str, ...], who: str) -> list[Site]:

@@ -13,8 +13,9 @@ and of a checkpoint, time per 1,000 tokens. No weights are loaded: a step is reh
   tsugiki plan --base ./my-model --method lora --set method.rank=16 --tokens 8192 --length 1024
   tsugiki plan --matrix 300x300 --set method.rank=2       LoRA's arithmetic on one matrix: 90,000 numbers, or 1,200
 """
-NOTE = ("memory: weights, moments, and the rest (activations, gradients) at the peak of a step of {tokens:,} tokens; the process holds "
-        "its libraries and what its allocator keeps besides")
+NOTE = ("memory: weights, moments, and the rest (activations, gradients) at the peak of a step of {tokens:,} tokens; "
+        "the process holds its libraries and what its allocator keeps besides")
+HEAD = ("method", "trained", "share", "memory MB", "weights", "moments", "rest", "result MB", "checkpoint MB", "s per 1,000 tokens")
 
 
 def add(commands) -> None:
@@ -94,7 +95,6 @@ def _text(plans: list, refused: dict[str, str]) -> str:
     rows = [(p.method, f"{p.trainable:,}", f"{p.trainable / p.total:.3%}", f"{p.memory / mb:,.0f}", f"{p.weights / mb:,.0f}",
              f"{p.optimizer / mb:,.1f}", f"{p.activations / mb:,.0f}", f"{p.saved / mb:,.2f}", f"{p.checkpoint / mb:,.2f}",
              f"{p.seconds:.3g}") for p in plans]
-    head = ("method", "trained", "share", "memory MB", "weights", "moments", "rest", "result MB", "checkpoint MB", "s per 1,000 tokens")
     notes = [NOTE.format(tokens=plans[0].tokens)] if plans else []
-    notes += [f"{p.method}: could not be rehearsed on shapes; copies of few layers were run for real" for p in plans if not p.rehearsed]
-    return "\n".join([*([table(head, rows)] if plans else []), *notes, *(f"not on this base: {why}" for why in refused.values())])
+    notes += [f"{p.method}: could not be rehearsed on shapes; copies of few layers were run" for p in plans if not p.rehearsed]
+    return "\n".join([*([table(HEAD, rows)] if plans else []), *notes, *(f"not on this base: {why}" for why in refused.values())])

@@ -16,6 +16,7 @@ from ..errors import UserError, nearest
 from ..methods import METHODS
 from ..sites import LINEAR_ROLES, ROLES, Site
 from ..tap import Unsaved
+from ..weights import transposed
 from . import native
 from .disk import MANIFEST
 
@@ -56,7 +57,7 @@ def write(adapter: Adapter, cfg: Config, tensors: dict[str, Tensor],
     if "target_modules" in spec.known:
         config["target_modules"] = names(found)
     if "fan_in_fan_out" in spec.known:
-        config["fan_in_fan_out"] = any(isinstance(s.exit, Conv1D) for s in found)
+        config["fan_in_fan_out"] = any(transposed(s.exit) for s in found)
     written = {f"{PREFIX}{spec.path(s)}.{theirs}": tensors[f"{s.name}.{ours}"]
                for s in found for ours, theirs in spec.tensors.items() if f"{s.name}.{ours}" in tensors}
     written |= {theirs: tensors[f"shared.{ours}"] for ours, theirs in spec.shared.items()}
@@ -162,7 +163,7 @@ def targets_of(adapters: Adapters, cls: type[Config], config: dict[str, Any], te
         raise UserError(f"{file}: tensor {name} is missing; target_modules of {path.name} names its module")
     if extra := sorted(have - modules):
         raise UserError(f"{file}: tensor {PREFIX}{extra[0]}... belongs to a module that target_modules does not name")
-    fans = {isinstance(by_module[m].exit, Conv1D) for m in modules}
+    fans = {transposed(by_module[m].exit) for m in modules}
     if "fan_in_fan_out" in cls.peft.known and bool(config.get("fan_in_fan_out")) != (True in fans):
         raise UserError(f"{path}: fan_in_fan_out: is {config.get('fan_in_fan_out')}, the base's weights say {True in fans}")
     return _shortest(adapters, cls, {by_module[m].name for m in modules})
