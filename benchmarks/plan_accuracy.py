@@ -164,8 +164,8 @@ def main() -> None:
             rows.append((kind, name, *memory, f"{plan.memory / calm['peak']:.3f}", f"{plan.seconds:.2f}", f"{took:.2f}",
                          f"{plan.seconds / took:.2f}"))
             print(" ".join(map(str, rows[-1])), file=sys.stderr, flush=True)
-    print(table(("base", "method", "plan MB", "peak MB", "as is MB", "with save MB", "plan/peak", "plan s/1k", "real s/1k", "ratio"),
-                rows))
+    head = ("base", "method", "plan MB", "peak MB", "as is MB", "with save MB", "plan/peak", "plan s/1k", "real s/1k", "ratio")
+    print(table(head, rows))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tsugiki.rehearsal import Attention, Product, Work
 
 COVERED = 0.95                                        # share of the FLOPs whose shapes are measured, the largest first
-SMALL = 2e9                                           # FLOPs of one measurement: larger shapes are cut down to it
+SMALL = 5e8                                           # FLOPs of one measurement: larger shapes are cut down to it
 STREAM = 1 << 20                                      # elements of one tensor where memory traffic is measured
 
 
@@ -120,7 +120,7 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _time(run: Callable[[], object], device: torch.device, times: int = 3) -> float:
+def _time(run: Callable[[], object], device: torch.device, times: int = 7) -> float:
     """Seconds of the fastest of a few runs, after one to warm up: what others do on the machine only ever adds."""
     found = []
     for _ in range(times + 1):
