@@ -17,6 +17,7 @@ MAX_DEPENDENCIES = 8
 # A unit is a module or a whole package; the longest name that fits a module is its unit.
 UNITS = {
     "core": ("route", "edit", "tap", "virtual", "merge", "adapters"),
+    "plan": ("plan", "rehearsal", "rates"),
     "top": ("",),                                     # tsugiki/__init__.py, the public names
 }
 # What each unit imports, bottom first: a unit may import only what stands above it in this table, and all of it is used.
@@ -32,12 +33,12 @@ GRAPH: dict[str, set[str]] = {
     "combine": {"core", "errors", "methods", "sites", "weights"},
     "formats": {"core", "errors", "load", "methods", "sites", "weights"},
     "data": {"errors"},
-    "plan": {"core", "errors", "load", "methods", "sites"},
     "config": {"data", "errors"},
     "train.loss": {"core", "data"},                           # the trainer's and the evaluator's
     "evaluate": {"config", "data", "errors", "load", "train.loss"},
     "train": {"config", "core", "data", "errors", "evaluate", "formats", "load", "memory", "methods", "sites", "train.loss",
               "weights"},
+    "plan": {"config", "core", "data", "errors", "evaluate", "formats", "load", "methods", "train"},
     "api": {"config", "core", "data", "errors", "evaluate", "load", "methods", "train", "weights"},
     "top": {"api", "config", "core", "errors", "load", "methods", "sites"},
     "cli": {"api", "combine", "config", "core", "data", "errors", "evaluate", "formats", "load", "methods", "plan", "train"},
