@@ -47,7 +47,8 @@ def combine(home: Adapters, new: str, names: Mapping[str, float] | Sequence[str]
       ties       trimmed as in magnitude; per number the sign of the sum is elected, and w_i dW_i averaged over the
                  adapters that have it (arXiv:2306.01708, section 3.2; the election is unweighted, as in Hugging Face PEFT)
       dare_ties  ties, dropped as in dare instead of trimmed
-    A site that only some adapters have counts as zero for the others. Trimming is per site.
+    A site that only some adapters have counts as zero for the others. Trimming is per site. Changes of biases are mixed alike
+    and become the LoRA's own bias, exactly.
     Raises UserError, and adds nothing, for wrong settings and for an adapter that is not a change of linear weights.
     """
     weights = _weights(names)
@@ -55,12 +56,15 @@ def combine(home: Adapters, new: str, names: Mapping[str, float] | Sequence[str]
     home._check_name(new)
     sources = [home.get(name) for name in weights]
     made: dict[str, Factors] = {}
+    offsets: dict[str, Tensor] = {}                   # the changes of biases, where there are any
     errors: dict[str, tuple[float, float]] = {}       # site name -> (||dW - B A||, ||dW||)
     for site, deltas in _changes(sources):
-        _without_bias(site, sources, deltas)
-        kept = [_pruned(dw, how, density, f"{seed} {source.name} {site.name}")
-                for source, (dw, _) in zip(sources, deltas, strict=True)]
-        target = _mixed(kept, list(weights.values()), elect=how in ("ties", "dare_ties"))
+        target, offset = (_mixed([_pruned(part, how, density, f"{seed} {source.name} {site.name}{what}")
+                                  for source, part in zip(sources, parts, strict=True)], list(weights.values()),
+                                 elect=how in ("ties", "dare_ties"))
+                          for what, parts in (("", [dw for dw, _ in deltas]), (" bias", _offsets(site, deltas))))
+        if offset.any():
+            offsets[site.name] = offset
         if not target.isfinite().all():
             raise UserError(f"{new}: the change at {site.name} is not finite")
         factors = None if how in PRUNING else _low_rank(sources, weights, site)
@@ -72,7 +76,7 @@ def combine(home: Adapters, new: str, names: Mapping[str, float] | Sequence[str]
         b, a = b.to(home._dtype()), a.to(home._dtype())
         made[site.name] = b, a
         errors[site.name] = float((target - b.double() @ a.double()).norm()), float(target.norm())
-    adapter = _lora(home, new, made, rank, seed)
+    adapter = _lora(home, new, made, offsets, rank, seed)
     off, size = (math.sqrt(sum(e[i] ** 2 for e in errors.values())) for i in (0, 1))
     return Combined(adapter, adapter.cfg.rank, _ratio(off, size), {name: _ratio(*e) for name, e in errors.items()})
 
@@ -167,12 +171,9 @@ def _moved(source: Adapter, module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return w - w0, b if b is None or b0 is None else b - b0
 
 
-def _without_bias(site: Site, sources: Sequence[Adapter], deltas: list[tuple[Tensor, Tensor | None]]) -> None:
-    """A LoRA's change has no bias: refuse one that is not zero. (With a bias in LoRA: here its sum of w_i db_i is made.)"""
-    for source, (_, db) in zip(sources, deltas, strict=True):
-        if db is not None and db.any():
-            raise UserError(f"adapter {source.name!r} ({source.cfg.name}) changes the bias of {site.name}, "
-                            "which a LoRA cannot hold")
+def _offsets(site: Site, deltas: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    """Each source's change of the bias, zero where it has none."""
+    return [dw.new_zeros(site.d_out) if db is None else db for dw, db in deltas]
 
 
 # How changes are mixed
@@ -251,13 +252,20 @@ def _narrow_svd(change: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor] |
     return (q @ u, s, vh) if missed <= floor + EPS * max(change.shape) * float(s[0]) else None
 
 
-def _lora(home: Adapters, new: str, made: Mapping[str, Factors], rank: int | None, seed: int) -> Adapter:
-    """A LoRA of these factors. Where a site needs less than the rank, the rest is as in a new LoRA: no effect, but trainable."""
+def _lora(home: Adapters, new: str, made: Mapping[str, Factors], offsets: Mapping[str, Tensor], rank: int | None,
+          seed: int) -> Adapter:
+    """A LoRA of these factors, with a bias if there are offsets.
+
+    Where a site needs less than the rank, the rest is as in a new LoRA: no effect, but trainable.
+    """
     rank = rank or max(1, *(len(a) for _, a in made.values()))
-    adapter = home.add(new, LoRA(rank=rank, alpha=float(rank), targets=shortest(home.sites, set(made))), seed=seed)
+    cfg = LoRA(rank=rank, alpha=float(rank), bias=bool(offsets), targets=shortest(home.sites, set(made)))
+    adapter = home.add(new, cfg, seed=seed)
     for site, edit in adapter.edits.values():
         b, a = made[site.name]
         edit.B[:, :b.shape[1]], edit.A[:len(a)] = b, a
+        if site.name in offsets:
+            edit.b.copy_(offsets[site.name])
     return adapter
 
 
