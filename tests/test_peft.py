@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from peft import (
+    AdaLoraConfig,
     AdaptionPromptConfig,
     BeftConfig,
     BOFTConfig,
@@ -19,6 +20,7 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    VeraConfig,
     get_peft_model,
 )
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -81,6 +83,10 @@ def theirs(model, name):
                                     alpha_pattern=patterns(model, 11), **(lora | {"init_lora_weights": "orthogonal"})),
         "lora-bias": lambda: LoraConfig(lora_bias=True, target_modules=last_names(model, LINEAR_ROLES), **lora),
         "dora": lambda: LoraConfig(use_dora=True, target_modules=last_names(model, LINEAR_ROLES), **lora),
+        "adalora": lambda: AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=last_names(model, LINEAR_ROLES),
+                                         **{k: v for k, v in lora.items() if k != "r"}),
+        "vera": lambda: VeraConfig(r=6, d_initial=0.3, target_modules=last_names(model, LINEAR_ROLES), fan_in_fan_out=fan,
+                                   task_type="CAUSAL_LM"),
         "prompt": lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
         "prefix": lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, token_dim=kv.d_out,
                                              num_attention_heads=kv.d_out // kv.head_dim, num_layers=2),
@@ -105,10 +111,10 @@ def peft_logits(model, x):
 
 
 @family
-@pytest.mark.parametrize("name", ["lora", "rslora", "all-linear", "regex", "head", "ranks", "lora-bias", "dora", "prompt", "prefix",
-                                  "ptuning", "encoded prefix", "ia3", "ia3-outputs", "ia3-regex", "loha", "lokr", "lokr-both",
-                                  "lokr-factor", "oft", "oft-cayley", "oft-shared", "oft-constrained", "boft", "boft-blocks",
-                                  "ln_tuning", "beft"])
+@pytest.mark.parametrize("name", ["lora", "rslora", "all-linear", "regex", "head", "ranks", "lora-bias", "dora", "adalora", "vera",
+                                  "prompt", "prefix", "ptuning", "encoded prefix", "ia3", "ia3-outputs", "ia3-regex", "loha",
+                                  "lokr", "lokr-both", "lokr-factor", "oft", "oft-cayley", "oft-shared", "oft-constrained", "boft",
+                                  "boft-blocks", "ln_tuning", "beft"])
 def test_peft_to_us_and_back(kind, overrides, name, tmp_path):
     if "prefix" in name and overrides == FALCONS["new_decoder"]:
         pytest.skip("this Falcon caches every query head's keys: PEFT's prefix is not one of its own keys (refused; tested below)")
