@@ -224,8 +224,11 @@ def test_folders_that_are_no_adapter_are_refused(saved, tmp_path):
         refused(tmp_path / file, "no such file")
     (tmp_path / TENSORS / "adapter_model.bin").write_bytes(b"x")
     refused(tmp_path / TENSORS, "is a pickle, which can run code")
-    (saved / "bitfit" / MANIFEST).unlink()
-    refused(saved / "bitfit", "not an adapter that can be checked")
+    fused = attach(tiny("phi3"))                      # a form of our own: PEFT has no parts of fused weights
+    fused.add("parts", LoRA(targets=("q",)))
+    fused.save("parts", saved / "parts")
+    (saved / "parts" / MANIFEST).unlink()
+    refused(saved / "parts", "not an adapter that can be checked")
     for text, says in (("[]", "holds a list"), ("{\"a\": 1, \"a\": 2}", "'a' is there twice"), ("{\"a\": NaN}", "NaN is not JSON"),
                        ("\ufeff{}", "not a JSON file"), ("[" * 100000, "not a JSON file"), ("", "not a JSON file")):
         (saved / "lora" / CONFIG).write_text(text)

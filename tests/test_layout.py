@@ -28,7 +28,7 @@ GRAPH: dict[str, set[str]] = {
     "sites": {"errors", "weights"},
     "core": {"errors", "sites", "weights"},
     "formats.spec": set(),                            # what a method declares about its form on disk: data only
-    "methods": {"core", "errors", "formats.spec", "sites"},
+    "methods": {"core", "errors", "formats.spec", "sites", "weights"},
     "formats": {"core", "errors", "load", "methods", "sites", "weights"},
     "data": {"errors"},
     "plan": {"core", "errors", "load", "methods", "sites"},

@@ -10,9 +10,10 @@ from tsugiki.api import evaluate, generate, train, train_run
 from tsugiki.config import DataConfig, EvalConfig, RunConfig, TrainConfig
 from tsugiki.errors import RunError, UserError
 from tsugiki.load import load
-from tsugiki.methods import BitFit, Full, LoRA, Prefix, Prompt
+from tsugiki.methods import BOFT, IA3, OFT, BitFit, Full, LNTuning, LoHa, LoKr, LoRA, Prefix, Prompt
 from tsugiki.sites import Family, Site, sites
 
 __version__ = "0.1.0"
-__all__ = ["Adapters", "BitFit", "DataConfig", "EvalConfig", "Family", "Full", "LoRA", "Prefix", "Prompt", "RunConfig", "RunError",
-           "Site", "TrainConfig", "UserError", "attach", "evaluate", "generate", "load", "sites", "train", "train_run"]
+__all__ = ["Adapters", "BOFT", "BitFit", "DataConfig", "EvalConfig", "Family", "Full", "IA3", "LNTuning", "LoHa", "LoKr", "LoRA",
+           "OFT", "Prefix", "Prompt", "RunConfig", "RunError", "Site", "TrainConfig", "UserError", "attach", "evaluate",
+           "generate", "load", "sites", "train", "train_run"]

@@ -198,8 +198,12 @@ class Edit(nn.Module):
         """On a block, if keeps_arguments: the keyword arguments of the layer's call, and the batch rows that are this edit's."""
 
     def merge(self, w: Tensor, b: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
-        """The same change folded into a float64 weight (out, in) and bias, as new tensors."""
+        """What `post` does, folded into a float64 weight (out, in) and bias, as new tensors."""
         raise NotImplementedError
+
+    def merge_input(self, w: Tensor, site: Site) -> Tensor:
+        """What `pre` does, folded into a float64 weight (out, in), as a new tensor: the weight of pre(x) as one of x."""
+        return w
 
 
 def kept_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

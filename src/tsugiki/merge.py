@@ -92,6 +92,8 @@ class Merged:
         w, b = w0, b0
         for site, edit in edits:
             w, b = _fold(edit, site, w, b)
+        for site, edit in reversed(edits):            # outputs change after the weight, inputs before it: the last one meets it
+            w = edit.merge_input(w, site)
         write(module, w, b)
         pairs = [(dense(module).double(), w, w0)]
         if b is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 import functools
 import math
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -172,3 +174,43 @@ def _weight_only() -> type[nn.Module]:
         def forward(self, x: Tensor) -> Tensor:
             return _Int8Linear.apply(x, self.weight.data, _scale(self), self.bias)
     return WeightOnly8bit
+
+
+def normaliser(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What a norm does before its weight: n(x), so that its output is n(x) times its weight (or 1 + weight), plus its bias.
+
+    Found by trying the module's own forward on float64 numbers, not by its name: whether it takes the mean out, and which of
+    its numbers is the eps. n computes in float32 at least and gives float32 or wider. Raises UserError for another kind.
+    """
+    width = len(module.weight)
+    twin = object.__new__(type(module))               # the same forward and settings; no hooks, none of its children
+    twin.__dict__ = {k: v for k, v in module.__dict__.items() if k != "_modules"} | {"_modules": {}}
+
+    def plain(x: torch.Tensor, fill: float) -> torch.Tensor:
+        twin.__dict__["_parameters"] = {name: None if p is None else torch.full((width,), fill if name == "weight" else 0.0,
+                                                                                dtype=torch.float64, device="cpu")
+                                        for name, p in module._parameters.items()}
+        with torch.no_grad():
+            return type(module).forward(twin, x)
+    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu") + 0.5
+    x = x * torch.tensor([[1e-3], [1e-2], [1.0], [10.0]], dtype=torch.float64, device="cpu")          # small ones show the eps
+    seen = plain(x, 1.0) - plain(x, 0.0)              # 1 + weight and weight alike
+    numbers = [v for v in vars(module).values() if type(v) is float and v > 0]
+    for centred in (False, True):
+        for eps in numbers:
+            n = Normaliser(centred, eps)
+            if torch.allclose(n(x), seen.double(), rtol=1e-4, atol=1e-6):
+                return n
+    raise UserError(f"{type(module).__name__} is a norm of a kind that is not known here: neither a layer norm nor an RMS norm")
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, less the mean of x before if `centred`."""
+    centred: bool
+    eps: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)

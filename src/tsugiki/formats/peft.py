@@ -58,8 +58,8 @@ def write(adapter: Adapter, cfg: Config, tensors: dict[str, Tensor],
         config["target_modules"] = names(found)
     if "fan_in_fan_out" in spec.known:
         config["fan_in_fan_out"] = any(transposed(s.exit) for s in found)
-    written = {f"{PREFIX}{spec.path(s)}.{theirs}": tensors[f"{s.name}.{ours}"]
-               for s in found for ours, theirs in spec.tensors.items() if f"{s.name}.{ours}" in tensors}
+    written = {f"{PREFIX}{spec.path(s)}.{theirs}": t.reshape(spec.shapes.get(ours, t.shape))
+               for s in found for ours, theirs in spec.tensors.items() if (t := tensors.get(f"{s.name}.{ours}")) is not None}
     written |= {theirs: tensors[f"shared.{ours}"] for ours, theirs in spec.shared.items()}
     return config | spec.write(adapter, names), written
 
@@ -223,11 +223,20 @@ def read(adapters: Adapters, name: str, cfg: Config, config: dict[str, Any], ten
             mine = adapter.tensors()
             keys = {f"{s.name}.{ours}": f"{PREFIX}{spec.path(s)}.{theirs}" for s in _named(adapter)
                     for ours, theirs in spec.tensors.items() if f"{s.name}.{ours}" in mine}
+            tensors = tensors | {theirs: _flat(tensors[theirs], mine[key], shape, theirs, file) for key, theirs in keys.items()
+                                 if (shape := spec.shapes.get(key.rpartition(".")[2])) and theirs in tensors}
             native.fill(adapter, keys | {f"shared.{ours}": theirs for ours, theirs in spec.shared.items()}, tensors, file)
     except BaseException:
         adapters.remove(name)
         raise
     return adapter
+
+
+def _flat(tensor: Tensor, mine: Tensor, shape: tuple[int, ...], name: str, file: Path) -> Tensor:
+    """PEFT's column or row as the vector it is here."""
+    if tensor.shape != (expected := mine.reshape(shape).shape):
+        raise UserError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)}")
+    return tensor.reshape(mine.shape)
 
 
 def _fill_table(adapter: Adapter, config: dict[str, Any], tensors: dict[str, Tensor], path: Path, file: Path) -> None:
