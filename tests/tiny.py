@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tsugiki.adapters import Adapter, attach
+from tsugiki.adapters import Adapter, Adapters, attach
 from tsugiki.edit import Config
 from tsugiki.methods import METHODS
 from tsugiki.sites import FAMILIES
@@ -119,11 +119,19 @@ def fill(adapter: Adapter, seed: int = 0, scale: float = 0.1) -> Adapter:
     return adapter
 
 
+def fit(adapters: Adapters, cfg: Config) -> Config:
+    """The case, where this base has it: of the roles it names those that are there, or every linear if none is."""
+    roles, targets = {s.role for s in adapters.sites}, getattr(cfg, "targets", "linear")
+    if isinstance(targets, str) or "targets" not in {f.name for f in dataclasses.fields(cfg)} or roles >= set(targets):
+        return cfg
+    return dataclasses.replace(cfg, targets=tuple(r for r in targets if r in roles) or "linear")
+
+
 def attached(model: nn.Module, *names: str, scale: float = 0.1):
     """`attach` with one filled adapter a method, named after it (all of METHOD_CASES unless some are named)."""
     adapters = attach(model)
     for i, name in enumerate(names or METHOD_CASES):
-        fill(adapters.add(name, METHOD_CASES[name]), seed=i + 1, scale=scale)
+        fill(adapters.add(name, fit(adapters, METHOD_CASES[name])), seed=i + 1, scale=scale)
     return adapters
 
 
