@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from tiny import EXACT, LOOSER, METHOD_CASES, attached, difference, fill, ids, tiny
+from tiny import EXACT, LOOSER, METHOD_CASES, attached, difference, fill, fit, ids, tiny
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -60,7 +60,7 @@ def test_a_new_adapter_of_an_identity_method_changes_nothing(kind):
     base = model(input_ids=ids(2)).logits
     adapters = attach(model)
     for name, cfg in METHOD_CASES.items():
-        promised = all(edit.starts_as_identity for _, edit in adapters.add(name, cfg).edits.values())
+        promised = all(edit.starts_as_identity for _, edit in adapters.add(name, fit(adapters, cfg)).edits.values())
         assert torch.equal(model(input_ids=ids(2), adapter_ids=name).logits, base) or not promised, name
 
 

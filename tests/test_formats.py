@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import METHOD_CASES, attached, difference, fill, ids, tiny
+from tiny import METHOD_CASES, attached, difference, fill, fit, ids, tiny
 
 from tsugiki import formats
 from tsugiki.adapters import attach
@@ -18,14 +18,14 @@ from tsugiki.sites import FAMILIES
 CONFIG, TENSORS, MANIFEST = disk.CONFIG, disk.TENSORS, disk.MANIFEST
 VARIANTS = METHOD_CASES | {
     "lora-parts": LoRA(rank=2, targets=("q", "v"), alpha=7.5, rslora=True), "lora-head": LoRA(rank=2, targets=("head",)),
-    "lora-regex": LoRA(rank=3, targets=r"\.1\..*(down|c_proj|fc2|4h_to_h|fc_out)"), "bitfit-o": BitFit(targets=("o",))}
+    "lora-regex": LoRA(rank=3, targets=r"\.1\..*(down|c_proj|fc2|4h_to_h|fc_out|o_proj)"), "bitfit-o": BitFit(targets=("o",))}
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_saving_and_loading_is_the_identity(kind, variant, tmp_path):
-    cfg = VARIANTS[variant]
     one = attach(tiny(kind))
+    cfg = fit(one, VARIANTS[variant])
     adapter = fill(one.add("a", cfg))
     one.save("a", tmp_path / "a", stop_ids=(5, 2, 2), base="org/base", extra={"note": "é"})
     two = attach(tiny(kind))

@@ -187,7 +187,8 @@ class Adapters:
         return adapter
 
     def _chosen(self, part: Config, config: Config) -> Sequence[Site]:
-        sites = part.pick(select(self.sites, part.targets, part.edit.roles, config.name))
+        default = part.targets == type(part).targets
+        sites = part.pick(select(self.sites, part.targets, part.edit.roles, config.name, default))
         shared = next((s for s in sites if s.features is not None or s.span), None)
         if shared is not None and changes_input(part.edit):
             raise UserError(f"{config.name} changes its site's input, which {shared.name} shares with others; target "

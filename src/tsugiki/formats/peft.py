@@ -33,7 +33,8 @@ def writable(adapter: Adapter, cfg: Config) -> bool:
         return False
     if spec.virtual:                                  # PEFT fills the cache, which holds some families' keys repeated
         return not any(s.repeated and s.d_out != adapter.home.sites[0].d_out for s, _ in adapter.edits.values())
-    return all(s.features is None and not s.span and s.name == s.module for s in _named(adapter))
+    misread = adapter.home.family.peft_means_experts if spec.kind == "LORA" else ()
+    return all(s.features is None and not s.span and s.name == s.module and s.role not in misread for s in _named(adapter))
 
 
 def _named(adapter: Adapter) -> list[Site]:
