@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from tiny import EXACT, LOOSER, METHOD_CASES, attached, difference, fill, ids, tiny
+from tiny import EXACT, LOOSER, METHOD_CASES, attached, difference, fill, fit, ids, tiny
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -60,7 +60,7 @@ def test_a_new_adapter_of_an_identity_method_changes_nothing(kind):
     base = model(input_ids=ids(2)).logits
     adapters = attach(model)
     for name, cfg in METHOD_CASES.items():
-        promised = all(edit.starts_as_identity for _, edit in adapters.add(name, cfg).edits.values())
+        promised = all(edit.starts_as_identity for _, edit in adapters.add(name, fit(adapters, cfg)).edits.values())
         assert torch.equal(model(input_ids=ids(2), adapter_ids=name).logits, base) or not promised, name
 
 
@@ -196,11 +196,12 @@ def test_threads_never_see_each_others_adapters():
 def test_layers_compile_whole_and_equal_eager_in_every_route(kind):
     torch._dynamo.reset()
     model = tiny(kind, F64)
-    adapters = attached(model, "lora", "bitfit", "prefix")
+    adapters = attached(model, "lora", "bitfit", "prefix", "dora", "pissa")
     fill(adapters.add("dropped", LoRA(dropout=0.3)))
     keys = token_keys(0, 1, torch.arange(3)[:, None].expand(3, 10), torch.arange(10).expand(3, 10))
     layers, x, graphs = model.get_submodule(FAMILIES[kind].layers), ids(3), []
-    routes = ("lora", ["lora", None, "bitfit"], ["bitfit", "lora", ("lora", "bitfit")], ["prefix"] * 3)
+    routes = ("lora", ["lora", None, "bitfit"], ["bitfit", "lora", ("lora", "bitfit")], ["prefix"] * 3, "dora",
+              ["pissa", "dora", None])
     calls = [dict(adapter_ids=r) for r in routes]
     calls.append(dict(adapter_ids="dropped", token_keys=keys))
 

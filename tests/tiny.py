@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tsugiki.adapters import Adapter, attach
+from tsugiki.adapters import Adapter, Adapters, attach
 from tsugiki.edit import Config
 from tsugiki.methods import METHODS
 from tsugiki.sites import FAMILIES
@@ -20,9 +20,12 @@ transformers.logging.set_verbosity_error()
 VOCAB = 200
 PLAIN = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256)
 GQA = PLAIN | dict(num_key_value_heads=2)
+MOE = GQA | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=1)
 GPT2 = dict(n_embd=64, n_layer=2, n_head=4, n_positions=256)
 SPECS: dict[str, dict[str, Any]] = {
     "llama": GQA, "mistral": GQA, "qwen2": GQA, "olmo2": GQA, "phi3": GQA, "phi": PLAIN,
+    "mixtral": MOE | dict(num_local_experts=4), "qwen2_moe": MOE | dict(shared_expert_intermediate_size=64),
+    "qwen3_moe": MOE | dict(head_dim=32, mlp_only_layers=[0]), "olmoe": MOE,
     "qwen3": GQA | dict(head_dim=32), "gemma": GQA | dict(num_key_value_heads=1, head_dim=16),
     "gemma2": GQA | dict(head_dim=16), "gemma3_text": GQA | dict(head_dim=16),
     "gpt2": GPT2, "gptj": GPT2 | dict(rotary_dim=8), "gpt_neox": PLAIN, "bloom": dict(hidden_size=64, n_layer=2, n_head=4),
@@ -88,7 +91,8 @@ def tiny(model_type: str, dtype: torch.dtype = torch.float32, attn: str | None =
 
 
 def exact(model: nn.Module) -> nn.Module:
-    """Norms that compute in the model's own precision."""
+    """Norms that compute in the model's own precision, and experts in float64: torch's grouped product has none."""
+    model.set_experts_implementation("eager")
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and not type(module).__name__.startswith("Exact"):
             module.__class__ = _exact(type(module))
@@ -115,11 +119,19 @@ def fill(adapter: Adapter, seed: int = 0, scale: float = 0.1) -> Adapter:
     return adapter
 
 
+def fit(adapters: Adapters, cfg: Config) -> Config:
+    """The case, where this base has it: of the roles it names those that are there, or every linear if none is."""
+    roles, targets = {s.role for s in adapters.sites}, getattr(cfg, "targets", "linear")
+    if isinstance(targets, str) or "targets" not in {f.name for f in dataclasses.fields(cfg)} or roles >= set(targets):
+        return cfg
+    return dataclasses.replace(cfg, targets=tuple(r for r in targets if r in roles) or "linear")
+
+
 def attached(model: nn.Module, *names: str, scale: float = 0.1):
     """`attach` with one filled adapter a method, named after it (all of METHOD_CASES unless some are named)."""
     adapters = attach(model)
     for i, name in enumerate(names or METHOD_CASES):
-        fill(adapters.add(name, METHOD_CASES[name]), seed=i + 1, scale=scale)
+        fill(adapters.add(name, fit(adapters, METHOD_CASES[name])), seed=i + 1, scale=scale)
     return adapters
 
 

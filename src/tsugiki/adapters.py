@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -187,7 +187,8 @@ class Adapters:
         return adapter
 
     def _chosen(self, part: Config, config: Config) -> Sequence[Site]:
-        sites = part.pick(select(self.sites, part.targets, part.edit.roles, config.name))
+        default = part.targets == type(part).targets
+        sites = part.pick(select(self.sites, part.targets, part.edit.roles, config.name, default))
         shared = next((s for s in sites if s.features is not None or s.span), None)
         if shared is not None and changes_input(part.edit):
             raise UserError(f"{config.name} changes its site's input, which {shared.name} shares with others; target "
@@ -255,6 +256,16 @@ class Adapters:
     def load(self, name: str, path: str | Path, **options: Any) -> Adapter:
         from .formats import load
         return load(self, name, path, **options)
+
+    def combine(self, new: str, names: Mapping[str, float] | Sequence[str], **options: Any) -> Any:
+        """Add a LoRA `new` made of several adapters' weighted changes: how=, rank=, density=, seed=, as tsugiki.combine says."""
+        from .combine import combine  # makes a LoRA; the core knows no method
+        return combine(self, new, names, **options)
+
+    def convert(self, name: str, new: str, rank: int | None = None) -> Any:
+        """Add a LoRA `new` with the change of weights that the adapter `name` makes, exact or the best one of a rank."""
+        from .combine import convert
+        return convert(self, name, new, rank)
 
 
 def attach(model: nn.Module, family: Family | None = None) -> Adapters:

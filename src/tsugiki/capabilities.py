@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from tsugiki.adapters import Adapter, attach
+from tsugiki.combine import convert
 from tsugiki.edit import Config
 from tsugiki.errors import UserError, nearest
 from tsugiki.formats.disk import CONFIG
@@ -61,8 +62,8 @@ class Found:
 
 def tiny_base(dtype: torch.dtype) -> nn.Module:
     """A seeded Llama of two layers whose norms compute in its own dtype (transformers' round to float32)."""
-    config = LlamaConfig(vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    config = LlamaConfig(vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=None,
                          attention_bias=False, tie_word_embeddings=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -188,12 +189,14 @@ def unmerge(bench: Bench, cfg: Config) -> Found:
     with adapter(model, cfg) as made:
         before = {k: v.clone() for k, v in model.state_dict().items()}
         made.home.merge("probe")
-        after = model.state_dict()
-        assert after.keys() != before.keys() or any(not torch.equal(after[k], v) for k, v in before.items()), "merging changed nothing"
+        assert not _same(model.state_dict(), before), "merging changed nothing"
         made.home.unmerge("probe")
-        after = model.state_dict()
-        assert after.keys() == before.keys() and all(torch.equal(after[k], v) for k, v in before.items()), "bits were not restored"
+        assert _same(model.state_dict(), before), "the bits are not those from before"
     return Found(0.0)
+
+
+def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def mixed(bench: Bench, cfg: Config) -> Found:
@@ -283,7 +286,7 @@ def four_bits(bench: Bench, cfg: Config) -> Found:
             tensor.copy_(made.tensors()[name])
         loss, found = gradients(few, made.parameters(), {"adapter_ids": "probe"})
         right, want = gradients(plain, twin.parameters(), {"adapter_ids": "probe"})
-    assert all(torch.equal(v, before[k]) for k, v in few.state_dict().items()), "a bit of the base changed"
+    assert _same(few.state_dict(), before), "a bit of the base changed"
     within(apart(loss, right), CLOSE, "losses on few bits and on their dequantised weights")
     worst = max(apart(found[k], want[k]) / (float(want[k].abs().max()) + 1e-3) for k in want)
     return Found(within(worst, 10 * CLOSE, "gradients on few bits and on their dequantised weights"))
@@ -315,6 +318,18 @@ def _saved(bench: Bench, cfg: Config) -> tuple[str | None, float]:
             return kind, within(apart(model(x, adapter_ids="again").logits, want), CLOSE, "saved and loaded logits")
         finally:
             home.remove("again")
+
+
+def as_lora(bench: Bench, cfg: Config) -> Found:
+    model, x = bench.exact, tokens(2)
+    with adapter(model, cfg) as made:
+        want = model(x, adapter_ids="probe").logits
+        done = convert(made.home, "probe", "lora")
+        try:
+            difference = apart(model(x, adapter_ids="lora").logits, want)
+        finally:
+            made.home.remove("lora")
+    return Found(within(difference, EXACT, "logits of the method and of its LoRA"), f"rank {done.rank}")
 
 
 def identity(bench: Bench, cfg: Config) -> Found:
@@ -355,6 +370,7 @@ PROPERTIES: dict[str, Property] = {
     "few": Property("4-bit", "trains on an NF4 base as on its dequantised weights, to 1e-3 of the largest gradient, and no bit of "
                     "the base changes", four_bits),
     "peft": Property("PEFT", "saved in Hugging Face PEFT's own format; loaded again it is the same to 1e-4", peft),
+    "lora": Property("to LoRA", "turned into a LoRA (of as high a rank as it takes) its logits are the same, to 1e-9", as_lora),
     "identity": Property("identity", "a new adapter changes no bit of the logits", identity),
     "cache": Property("cache", "generating with the cache gives the logits of generating without, to 1e-9", cached),
 }

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .route import Context, Rows
-from .sites import LINEAR_ROLES, Site
+from .sites import LINEAR_ROLES, SHARED_GATE, Site
 from .weights import dense, unmerged
 
-LINEARS = (*LINEAR_ROLES, "head")                     # where a change of a weight can sit
+LINEARS = (*LINEAR_ROLES, SHARED_GATE, "head")        # where a change of a weight can sit
 
 
 def setting(default: Any = MISSING, help: str = "", *, low: float | None = None, high: float | None = None,

@@ -95,6 +95,8 @@ def load(base: str = EMBEDDED, *, bits: int | None = None, dtype: str | torch.dt
     path, where = base_path(base), device_of(device)
     chosen = dtype if isinstance(dtype, torch.dtype) else compute_dtype(dtype, where)
     few = few_bits_options(bits, chosen, where) if bits else {}
+    if chosen == torch.float64:                       # torch's grouped product, which experts are computed with, has none
+        few["experts_implementation"] = "eager"
     tokenizer = load_tokenizer(base, trust_remote_code)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=chosen, trust_remote_code=trust_remote_code, **few)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,11 +90,7 @@ class Merged:
             return 0.0, 0.0, 0.0
         kept = self._keep(module)
         w0, b0 = dense(module, kept.weight).double(), None if kept.bias is None else kept.bias.double()
-        w, b = w0, b0
-        for site, edit in edits:
-            w, b = _fold(edit, site, w, b)
-        for site, edit in reversed(edits):            # outputs change after the weight, inputs before it: the last one meets it
-            w = edit.merge_input(w, site)
+        w, b = fold(edits, w0, b0)
         write(module, w, b)
         pairs = [(dense(module).double(), w, w0)]
         if b is not None:
@@ -181,6 +178,15 @@ class Merged:
             if name not in self._quantisable:
                 rest.update(line)
         return None if self._few else everything.hexdigest(), rest.hexdigest()
+
+
+def fold(edits: Sequence[tuple[Any, Any]], w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(site, edit) pairs of one module, in their order, into its whole weight (out, in) and bias, as new tensors."""
+    for site, edit in edits:
+        w, b = _fold(edit, site, w, b)
+    for site, edit in reversed(edits):                # outputs change after the weight, inputs before it: the last one meets it
+        w = edit.merge_input(w, site)
+    return w, b
 
 
 def _fold(edit: Any, site: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -75,7 +75,7 @@ def write(module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) ->
         if bias is None:
             module.bias = None
         elif module.bias is None:
-            module.bias = nn.Parameter(bias.to(target.dtype), requires_grad=False)
+            module.bias = nn.Parameter(bias.to(target.dtype, copy=True), requires_grad=False)    # never an adapter's own
         else:
             module.bias.copy_(bias)
 

@@ -22,7 +22,7 @@ def add(commands) -> None:
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--method", action="append", default=[], metavar="NAME", help="one method; may be given again (default: all)")
     p.add_argument("--why", action="store_true", help="the reason of every answer that is not yes")
-    p.add_argument("--base", default=None, help="also count trained parameters and the file on this model: folder, hub id, 'embedded'")
+    p.add_argument("--base", default=None, help="also count trained parameters and file size on this model")
     p.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     common(p, base=False)
     p.set_defaults(run=run, parser=p)

@@ -23,7 +23,10 @@ from .disk import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..adapters import Adapter, Adapters
+    from ..edit import Config
 
 VERSION = 1
 
@@ -35,13 +38,9 @@ def save(adapter: Adapter, path: str | Path, *, stop_ids: Iterable[int] = (), ba
     stop_ids: token ids that end an answer; base: where the base came from; extra: any JSON object to keep with it.
     Raises UserError for tensors that are not finite, and for a folder that holds other things.
     """
-    from . import native, peft  # they know adapters; adapters know only this module
+    from . import native
     folder = Path(path)
-    cfg, tensors = adapter.cfg.stored(adapter)
-    if peft.writable(adapter, cfg):
-        config, tensors = peft.write(adapter, cfg, tensors, base)
-    else:
-        config = native.write(cfg)
+    cfg, config, tensors = contents(adapter, base)
     data, packed = to_json(config), pack_tensors(tensors, folder / TENSORS)
     print_, rest = adapter.home.fingerprints()
     manifest = {"tsugiki": VERSION, "method": cfg.name, "settings": native.settings(cfg),
@@ -50,6 +49,15 @@ def save(adapter: Adapter, path: str | Path, *, stop_ids: Iterable[int] = (), ba
     manifest["self"] = _self_hash(manifest)
     write_folder(folder, {TENSORS: packed, CONFIG: data, MANIFEST: to_json(manifest)})
     return folder
+
+
+def contents(adapter: Adapter, base: str | None = None) -> tuple[Config, dict[str, Any], dict[str, Tensor]]:
+    """What `save` writes: the method's config, the same as JSON, the tensors. In PEFT's form where PEFT has it, else in ours."""
+    from . import native, peft  # they know adapters; adapters know only this module
+    cfg, tensors = adapter.cfg.stored(adapter)
+    if peft.writable(adapter, cfg):
+        return cfg, *peft.write(adapter, cfg, tensors, base)
+    return cfg, native.write(cfg), tensors
 
 
 def load(adapters: Adapters, name: str, path: str | Path, *, check_base: bool = True) -> Adapter:

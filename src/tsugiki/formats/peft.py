@@ -14,7 +14,7 @@ from ..adapters import Adapter, Adapters
 from ..edit import Config
 from ..errors import UserError, nearest
 from ..methods import METHODS
-from ..sites import LINEAR_ROLES, ROLES, Site
+from ..sites import Site, shortest
 from ..tap import Unsaved
 from ..weights import transposed
 from . import native
@@ -33,7 +33,8 @@ def writable(adapter: Adapter, cfg: Config) -> bool:
         return False
     if spec.virtual:                                  # PEFT fills the cache, which holds some families' keys repeated
         return not any(s.repeated and s.d_out != adapter.home.sites[0].d_out for s, _ in adapter.edits.values())
-    return all(s.features is None and not s.span and s.name == s.module for s in _named(adapter))
+    misread = adapter.home.family.peft_means_experts if spec.kind == "LORA" else ()
+    return all(s.features is None and not s.span and s.name == s.module and s.role not in misread for s in _named(adapter))
 
 
 def _named(adapter: Adapter) -> list[Site]:
@@ -46,7 +47,8 @@ def write(adapter: Adapter, cfg: Config, tensors: dict[str, Tensor],
     """PEFT's config and tensors of an adapter, from what `cfg.stored` gave."""
     spec = cfg.peft
     config = {"peft_type": spec.kind, "task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": base}
-    config |= {theirs: _plain(getattr(cfg, ours)) for ours, theirs in spec.fields.items()} | dict(spec.constants)
+    values = {theirs: _plain(getattr(cfg, ours)) for ours, theirs in spec.fields.items()}
+    config |= {key: value for key, value in values.items() if value is not None} | dict(spec.constants)   # None: PEFT's default
     found = _named(adapter)
 
     def names(sites: Iterable[Site]) -> list[str]:
@@ -60,7 +62,7 @@ def write(adapter: Adapter, cfg: Config, tensors: dict[str, Tensor],
         config["fan_in_fan_out"] = any(transposed(s.exit) for s in found)
     written = {f"{PREFIX}{spec.path(s)}.{theirs}": t.reshape(spec.shapes.get(ours, t.shape))
                for s in found for ours, theirs in spec.tensors.items() if (t := tensors.get(f"{s.name}.{ours}")) is not None}
-    written |= {theirs: tensors[f"shared.{ours}"] for ours, theirs in spec.shared.items()}
+    written |= {theirs: tensors[f"shared.{ours}"] for ours, theirs in spec.shared.items() if f"shared.{ours}" in tensors}
     return config | spec.write(adapter, names), written
 
 
@@ -201,15 +203,7 @@ def _targeted(adapters: Adapters, config: dict[str, Any], path: Path) -> set[str
 
 
 def _shortest(adapters: Adapters, cls: type[Config], names: set[str]) -> tuple[str, ...] | str:
-    whole = {s.name for s in adapters.sites if s.role in LINEAR_ROLES and s.features is None}
-    if names == whole:
-        return "linear"
-    if {s.name for s in adapters.sites if s.role in (default := getattr(cls(), "targets", ()))} == names:
-        return default
-    roles = tuple(r for r in ROLES if any(s.role == r and s.name in names for s in adapters.sites))
-    if {s.name for s in adapters.sites if s.role in roles} == names:
-        return roles
-    return "^(" + "|".join(re.escape(n) for n in sorted(names)) + ")$"
+    return shortest(adapters.sites, names, getattr(cls(), "targets", ()))
 
 
 def read(adapters: Adapters, name: str, cfg: Config, config: dict[str, Any], tensors: dict[str, Tensor], path: Path,
@@ -225,7 +219,8 @@ def read(adapters: Adapters, name: str, cfg: Config, config: dict[str, Any], ten
                     for ours, theirs in spec.tensors.items() if f"{s.name}.{ours}" in mine}
             tensors = tensors | {theirs: _flat(tensors[theirs], mine[key], shape, theirs, file) for key, theirs in keys.items()
                                  if (shape := spec.shapes.get(key.rpartition(".")[2])) and theirs in tensors}
-            native.fill(adapter, keys | {f"shared.{ours}": theirs for ours, theirs in spec.shared.items()}, tensors, file)
+            keys |= {f"shared.{ours}": theirs for ours, theirs in spec.shared.items() if f"shared.{ours}" in mine}
+            native.fill(adapter, keys, tensors, file)
     except BaseException:
         adapters.remove(name)
         raise

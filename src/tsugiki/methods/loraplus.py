@@ -1,0 +1,20 @@
+"""LoRA+ (Hayou et al. 2024, arXiv:2402.12354): LoRA whose B learns faster than its A."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..edit import setting
+from .lora import LoRA
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAPlus(LoRA):
+    """LoRA+: the learning rate of B is `ratio` times that of A (section 4; 2^4 is what the paper recommends)."""
+    ratio: float = setting(16.0, "learning rate of B over that of A", low=1e-6)
+
+    name: ClassVar[str] = "loraplus"
+    lr: ClassVar[float] = 5e-5                        # A's
+
+    def lr_scale(self, key: str) -> float:
+        return self.ratio if key.endswith(".B") else 1.0
