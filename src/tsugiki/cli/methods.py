@@ -11,14 +11,12 @@ HELP = """What each method can do. Every answer is found by doing it on a tiny m
   tsugiki methods --why                        and the reason of each no
   tsugiki methods --method lora --why          one method
   tsugiki methods --base ./my-model            and what each would train on a model, and the size of its file
-
-columns:
 """
 
 
 def add(commands) -> None:
     from tsugiki.cli.main import common
-    p = commands.add_parser("methods", help="what each method can do, probed", description=HELP + "  (see --json)",
+    p = commands.add_parser("methods", help="what each method can do, probed", description=HELP,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--method", action="append", default=[], metavar="NAME", help="one method; may be given again (default: all)")
     p.add_argument("--why", action="store_true", help="the reason of every answer that is not yes")
@@ -29,7 +27,7 @@ def add(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tsugiki.capabilities import PROPERTIES, capabilities
+    from tsugiki.capabilities import PROPERTIES, about, capabilities
     from tsugiki.cli.main import emit
     from tsugiki.methods import METHODS
     from tsugiki.train.log import Bar
@@ -42,12 +40,6 @@ def run(args: argparse.Namespace) -> int:
                             {"properties": {key: vars(a) for key, a in answers.items()}} for n, answers in found.items()},
                 "properties": {key: p.means for key, p in PROPERTIES.items()}, "failed": failed}, _text(found, sizes, args.why))
     return 1 if failed else 0
-
-
-def about(cls: type) -> tuple[str, str]:
-    """(title, what it trains) of a method: the first sentence of its docstring, and the rest of that line."""
-    title, _, rest = (cls.__doc__ or "").strip().partition("\n")[0].partition(". ")
-    return title.rstrip("."), rest.rstrip(".")
 
 
 def _size(args: argparse.Namespace, name: str) -> dict:
