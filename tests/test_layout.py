@@ -65,6 +65,7 @@ def trees() -> dict[str, tuple[Path, ast.Module]]:
     return found
 
 
+@cache
 def imports(name: str) -> list[tuple[str, str]]:
     """(imported module of the package, "top", "lazy" or "typing") of one module: where in the file the import stands."""
     path, tree = trees()[name]
@@ -96,6 +97,7 @@ def imports(name: str) -> list[tuple[str, str]]:
     return found
 
 
+@cache
 def unit(module: str) -> str:
     named = {m: u for u, members in UNITS.items() for m in members} | {u: u for u in GRAPH if u not in UNITS}
     fits = [n for n in named if module == n or n and module.startswith(f"{n}.")]
@@ -103,6 +105,7 @@ def unit(module: str) -> str:
     return named[max(fits, key=len)]
 
 
+@cache
 def edges() -> dict[tuple[str, str], set[str]]:
     """(unit, imported unit) -> "module (where)" of each import, without what only a type checker reads."""
     found: dict[tuple[str, str], set[str]] = {}
