@@ -56,7 +56,7 @@ def measure(load: str, kind: str, steps: int) -> float:
     params = dict(model.named_parameters())
     if load == "short":
         params = tg.attach(model.to(torch.bfloat16)).add("a", tg.LoRA()).parameters()
-    optimizer = adamw(params.values(), 1e-4, 0.0, 0.999)
+    optimizer = adamw(params, 1e-4, 0.0, 0.999)
     work = batches(load, WARM_UP[load] + steps)
     for step, batch in enumerate(work):
         if step == WARM_UP[load]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from tiny import SMALL, tiny
+from tiny import small, tiny
 from tokenizers_tiny import tokenizer
 from torch import nn
 
@@ -31,15 +31,14 @@ def _cases() -> dict:
     """Every method at a small size; those that drop inputs also with dropout. A new method's file adds itself."""
     found = {}
     for name, cls in METHODS.items():
-        small = {f.name: SMALL[f.name] for f in dataclasses.fields(cls) if f.name in SMALL}
-        found[name] = cls(**small)
+        found[name] = small(cls)
         if any(f.name == "dropout" for f in dataclasses.fields(cls)):
-            found[f"{name}+dropout"] = cls(**small, dropout=0.1)
+            found[f"{name}+dropout"] = small(cls, dropout=0.1)
     return found
 
 
 CASES = _cases()
-ADAPTERS = {name: cfg for name, cfg in CASES.items() if cfg.edit is not None}
+ADAPTERS = {name: cfg for name, cfg in CASES.items() if cfg.parts}
 
 
 def llama(dtype: torch.dtype = torch.float32, kind: str = "llama", **more) -> nn.Module:

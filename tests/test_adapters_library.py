@@ -94,8 +94,8 @@ def reft(theirs: dict[str, Tensor]) -> Mapped:
 # residual sum), pfeiffer_ln_after_sum and the *_normed_model cases (a parallel adapter that reads the stream before the
 # norm) are formulas of the library that no method here computes; they are checked as formulas below.
 CASES: dict[str, tuple[str, dict[str, Any], Callable[[dict[str, Tensor]], Mapped]]] = {
-    "houlsby": ("houlsby", dict(size=8, act="silu", scale=1.0), bottleneck),
-    "houlsby_scaled": ("houlsby", dict(size=8, act="gelu", scale=0.5), bottleneck),
+    "houlsby": ("series", dict(size=8, act="silu", scale=1.0), bottleneck),
+    "houlsby_scaled": ("series", dict(size=8, act="gelu", scale=0.5), bottleneck),
     "pfeiffer": ("pfeiffer", dict(size=8, act="relu", scale=1.0), bottleneck),
     "pfeiffer_ln_before": ("pfeiffer", dict(size=8, act="relu", scale=1.0, norm="before"), bottleneck),
     "pfeiffer_ln_after": ("pfeiffer", dict(size=8, act="relu", scale=2.0, norm="after"), bottleneck),
@@ -107,7 +107,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[dict[str, Tensor]], Mapped
     "reft": ("reft", dict(rank=2, first=3, last=0), reft),
     "reft_padded": ("reft", dict(rank=2, first=3, last=0), reft),
 }
-MAPS = {"houlsby": bottleneck, "pfeiffer": bottleneck, "parallel": bottleneck, "prefix": prefix, "mam": mam, "reft": reft}
+MAPS = {"series": bottleneck, "pfeiffer": bottleneck, "parallel": bottleneck, "prefix": prefix, "mam": mam, "reft": reft}
 
 
 def put(adapter: Adapter, mapped: Mapped) -> None:
@@ -232,7 +232,7 @@ def by_formula(kind: str, case: str, *, normed: bool = False) -> tuple[Tensor, T
     about, theirs, run = stored(kind, case)
     model = base(kind, about["norms"])
     plain, virtual = logits(model, run), 0
-    mapped = MAPS[case.split("_")[0]](theirs)
+    mapped = MAPS[CASES[case][0] if case in CASES else case.split("_")[0]](theirs)
     for config in parts(about["config"]):
         if config.get("architecture") == "prefix_tuning":
             virtual = config["prefix_length"]

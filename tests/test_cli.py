@@ -19,7 +19,7 @@ from tsugiki.cli.main import main
 from tsugiki.formats.export import export_model
 from tsugiki.load import base_path
 
-COMMANDS = ("demo", "train", "generate", "chat", "eval", "merge", "plan", "data")
+COMMANDS = ("demo", "train", "generate", "chat", "eval", "merge", "combine", "convert", "plan", "data")
 SOURCE = str(Path(__file__).parents[1] / "src")
 
 
@@ -260,8 +260,8 @@ def test_every_method_trains_scores_and_answers_from_the_command_line(name, call
     fields = [f"--set=method.{k}={json.dumps(v)}" for k, v in settings(cfg).items() if v is not None]
     code, out, err = call(*train(base, rows, tmp_path / "run", "--method", cfg.name, "--eval-data", rows, *fields))
     assert code == 0 and "before" in out and "report" in out, err
-    made = tmp_path / "run" / ("model" if cfg.edit is None else "adapter")
-    where = ["--base", made] if cfg.edit is None else ["--base", base, "--adapter", made]
+    made = tmp_path / "run" / ("model" if not cfg.parts else "adapter")
+    where = ["--base", made] if not cfg.parts else ["--base", base, "--adapter", made]
     scored = one_object(*call("eval", *where, "--data", rows, "--max-new-tokens", "4", "--json", "--dtype", "fp32"))
     logged = metrics(tmp_path / "run")[-1]["eval"]
     assert scored["n"] == 16 and scored["loss"] == pytest.approx(logged["loss"], rel=1e-5), "the folder is not what was trained"

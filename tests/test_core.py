@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from tiny import EXACT, LOOSER, METHOD_CASES, attached, difference, fill, ids, tiny
+from tiny import EXACT, LOOSER, METHOD_CASES, attached, difference, fill, fit, ids, tiny
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -60,8 +60,8 @@ def test_a_new_adapter_of_an_identity_method_changes_nothing(kind):
     base = model(input_ids=ids(2)).logits
     adapters = attach(model)
     for name, cfg in METHOD_CASES.items():
-        adapters.add(name, cfg)
-        assert torch.equal(model(input_ids=ids(2), adapter_ids=name).logits, base) or not cfg.edit.starts_as_identity, name
+        promised = all(edit.starts_as_identity for _, edit in adapters.add(name, fit(adapters, cfg)).edits.values())
+        assert torch.equal(model(input_ids=ids(2), adapter_ids=name).logits, base) or not promised, name
 
 
 @family
@@ -78,7 +78,7 @@ def test_one_batch_of_every_method_equals_each_row_alone(kind):
         for i, name in enumerate(who):
             alone = model(input_ids=x[i:i + 1], adapter_ids=[name]).logits[0]
             assert difference(together[i], alone) <= LOOSER.get(kind, EXACT), name
-            assert (difference(alone, base[i]) > 1e-3) == (name is not None), name
+            assert (difference(alone, base[i]) > 1e-4) == (name is not None), name
     row_losses(model, x, adapter_ids=who).sum().backward()
     joint = gradients(adapters)
     for i, name in enumerate(who):

@@ -17,7 +17,7 @@ from tsugiki.evaluate.answers import generate_answers
 from tsugiki.formats.export import export_model, merge_to_folder
 from tsugiki.methods import BitFit, Full, LoRA
 
-WEIGHTS = [n for n, c in CASES.items() if c.edit is not None and c.edit.merge is not Edit.merge]
+WEIGHTS = [n for n, c in CASES.items() if c.parts and all(part.edit.merge is not Edit.merge for part in c.parts)]
 
 
 def probe(model):
@@ -40,7 +40,7 @@ def test_a_merged_folder_is_the_live_model_and_the_live_model_is_as_before(kind,
     report = merge_to_folder(model, TOKENIZER, adapters, ["a"], tmp_path / "m", dtype=torch.float32, stop_ids=[2, 5])
     assert difference(probe(reloaded(tmp_path / "m")), live) < 1e-5 and report["relative_error"] < 1e-4
     with adapters.use(None):
-        assert difference(live, probe(model)) > 1e-2
+        assert difference(live, probe(model)) > 1e-3
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and torch.equal(probe(model), live)
     assert json.loads((tmp_path / "m" / "generation_config.json").read_text())["eos_token_id"] == [2, 5]
     assert AutoTokenizer.from_pretrained(tmp_path / "m")("one two")["input_ids"] == TOKENIZER("one two")["input_ids"]

@@ -17,32 +17,36 @@ MAX_DEPENDENCIES = 8
 # A unit is a module or a whole package; the longest name that fits a module is its unit.
 UNITS = {
     "core": ("route", "edit", "tap", "virtual", "merge", "adapters"),
+    "plan": ("plan", "rehearsal", "rates"),
     "top": ("",),                                     # tsugiki/__init__.py, the public names
 }
 # What each unit imports, bottom first: a unit may import only what stands above it in this table, and all of it is used.
 GRAPH: dict[str, set[str]] = {
     "errors": set(),
     "memory": set(),
-    "load": {"errors"},
     "weights": {"errors"},
+    "load": {"errors", "weights"},
     "sites": {"errors", "weights"},
     "core": {"errors", "sites", "weights"},
     "formats.spec": set(),                            # what a method declares about its form on disk: data only
-    "methods": {"core", "errors", "formats.spec", "sites"},
-    "formats": {"core", "errors", "load", "methods", "sites"},
+    "methods": {"core", "errors", "formats.spec", "sites", "weights"},
+    "combine": {"core", "errors", "methods", "sites", "weights"},
+    "formats": {"core", "errors", "load", "methods", "sites", "weights"},
     "data": {"errors"},
-    "plan": {"core", "errors", "load", "methods", "sites"},
     "config": {"data", "errors"},
     "train.loss": {"core", "data"},                           # the trainer's and the evaluator's
     "evaluate": {"config", "data", "errors", "load", "train.loss"},
-    "train": {"config", "core", "data", "errors", "evaluate", "formats", "load", "memory", "methods", "sites", "train.loss"},
-    "api": {"config", "core", "data", "errors", "evaluate", "load", "methods", "train"},
+    "train": {"config", "core", "data", "errors", "evaluate", "formats", "load", "memory", "methods", "sites", "train.loss",
+              "weights"},
+    "plan": {"config", "core", "data", "errors", "evaluate", "formats", "load", "methods", "train"},
+    "api": {"config", "core", "data", "errors", "evaluate", "load", "methods", "train", "weights"},
     "top": {"api", "config", "core", "errors", "load", "methods", "sites"},
-    "cli": {"api", "config", "core", "data", "errors", "evaluate", "formats", "load", "methods", "plan", "train"},
+    "cli": {"api", "combine", "config", "core", "data", "errors", "evaluate", "formats", "load", "methods", "plan", "train"},
 }
 # Imports against the stream, made inside a function when it is called. Each has its reason.
 UPWARD = {
     ("core", "formats"): "Adapters.save and .load are a user's words for what formats does; the core itself never needs it",
+    ("core", "combine"): "Adapters.combine and .convert likewise; what they make is a LoRA, and the core knows no method",
 }
 # Calls that run what they read, as (module or "", name).
 FORBIDDEN_CALLS = {("", "eval"), ("", "exec"), ("", "__import__"), ("torch", "load"), ("yaml", "load"), ("yaml", "unsafe_load"),

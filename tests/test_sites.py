@@ -6,7 +6,7 @@ from tiny import FALCONS, ids, tiny
 from tsugiki.adapters import attach
 from tsugiki.errors import UserError
 from tsugiki.methods import BitFit, LoRA
-from tsugiki.sites import FAMILIES, LINEAR_ROLES, Family, family_of, select, sites
+from tsugiki.sites import FAMILIES, LINEAR_ROLES, SHARED_GATE, Family, family_of, select, sites
 
 CASES = [(kind, {}) for kind in FAMILIES] + [("falcon", v) for v in FALCONS.values()] + [
     ("phi", {"qk_layernorm": True}), ("opt", {"do_layer_norm_before": False}), ("gpt_neox", {"use_parallel_residual": False})]
@@ -24,20 +24,20 @@ def test_names_are_unique_and_every_site_sees_the_widths_it_declares(kind, overr
             seen[site.name, "in"] = a[0].shape
 
         def note_out(m, a, y, site=site):
-            seen[site.name, "out"] = y.shape
+            seen[site.name, "out"] = (y[0] if isinstance(y, tuple) else y).shape
         site.entry.register_forward_pre_hook(note_in)
         site.exit.register_forward_hook(note_out)
     model(input_ids=ids(2))
     for site in found:
         width = seen[site.name, "out"][-1]
-        if site.role == "key" and len(seen[site.name, "out"]) == 4:      # a key norm sees heads apart
+        if site.role in ("query", "key") and len(seen[site.name, "out"]) == 4:      # a norm of it sees heads apart
             width *= seen[site.name, "out"][1 if site.heads_first else 2]
             assert seen[site.name, "out"][2 if site.heads_first else 1] == 10
         if site.features is None:
             assert width == site.d_out, site.name
         else:
             assert len(site.features) == site.d_out and int(site.features.max()) < width
-        if site.role not in ("embed", "key"):
+        if site.role not in ("embed", "query", "key"):
             assert seen[site.name, "in"][-1] == site.d_in, site.name
 
 
@@ -85,11 +85,12 @@ def test_editing_all_parts_of_a_fused_weight_is_editing_it_whole(kind):
     assert float((a - model(input_ids=ids(2), adapter_ids=()).logits).abs().max()) > 1e-3
 
 
-def test_linear_means_every_linear_of_the_layers_and_no_part_of_one():
+def test_linear_means_every_linear_of_the_layers_but_gates_of_experts_and_no_part_of_one():
     for kind in FAMILIES:
         model = tiny(kind)
         layers = model.get_submodule(FAMILIES[kind].layers)
         inside = {m for layer in layers for m in layer.modules() if type(m).__name__ in ("Linear", "Conv1D", "FalconLinear")}
+        inside -= {s.exit for s in sites(model) if s.role == SHARED_GATE}
         chosen = select(sites(model), "linear", LINEAR_ROLES, "x")
         assert {s.exit for s in chosen} == inside and len(chosen) == len(inside), kind
 

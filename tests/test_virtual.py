@@ -133,7 +133,7 @@ def test_virtual_tokens_are_refused_where_they_would_be_wrong():
         with pytest.raises(UserError, match=says):
             model(x, **call)
         model(x, **{"adapter_ids": ()} | {k: v for k, v in call.items() if k == "position_ids"})    # the base still can
-    with pytest.raises(UserError, match="has virtual tokens: call the model itself"):
+    with pytest.raises(UserError, match="needs the whole sequence: call the model itself"):
         model.model(x)
     with pytest.raises(UserError, match="needs the whole model's forward"):
         with adapters.use("prefix1"):

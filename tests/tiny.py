@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tsugiki.adapters import Adapter, attach
+from tsugiki.adapters import Adapter, Adapters, attach
 from tsugiki.edit import Config
 from tsugiki.methods import METHODS
 from tsugiki.sites import FAMILIES
@@ -20,9 +20,12 @@ transformers.logging.set_verbosity_error()
 VOCAB = 200
 PLAIN = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256)
 GQA = PLAIN | dict(num_key_value_heads=2)
+MOE = GQA | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=1)
 GPT2 = dict(n_embd=64, n_layer=2, n_head=4, n_positions=256)
 SPECS: dict[str, dict[str, Any]] = {
     "llama": GQA, "mistral": GQA, "qwen2": GQA, "olmo2": GQA, "phi3": GQA, "phi": PLAIN,
+    "mixtral": MOE | dict(num_local_experts=4), "qwen2_moe": MOE | dict(shared_expert_intermediate_size=64),
+    "qwen3_moe": MOE | dict(head_dim=32, mlp_only_layers=[0]), "olmoe": MOE,
     "qwen3": GQA | dict(head_dim=32), "gemma": GQA | dict(num_key_value_heads=1, head_dim=16),
     "gemma2": GQA | dict(head_dim=16), "gemma3_text": GQA | dict(head_dim=16),
     "gpt2": GPT2, "gptj": GPT2 | dict(rotary_dim=8), "gpt_neox": PLAIN, "bloom": dict(hidden_size=64, n_layer=2, n_head=4),
@@ -38,11 +41,23 @@ FALCONS = {
 assert SPECS.keys() == FAMILIES.keys(), "a family without a tiny model is a family without tests"
 EXACT = 1e-12
 LOOSER = {"gptj": 1e-6}                               # transformers computes GPT-J's attention scores in float32
-SMALL = {"rank": 4, "tokens": 3, "size": 8}           # fields that give a method its size
-METHOD_CASES: dict[str, Config] = {
-    name: cls(**{f.name: SMALL[f.name] for f in dataclasses.fields(cls) if f.name in SMALL})
-    for name, cls in METHODS.items() if cls.edit is not None
-}
+SMALL = {"rank": 4, "tokens": 3, "size": 8, "hidden": 0}           # fields that give a method its size
+
+
+def small(cls: type[Config], **values: Any) -> Config:
+    """A method's config at a small size."""
+    return cls(**{f.name: SMALL[f.name] for f in dataclasses.fields(cls) if f.name in SMALL} | values)
+
+
+def cases(cls: type[Config]) -> dict[str, Config]:
+    """A method at a small size, and each other way through its code that it declares."""
+    found = {cls.name: small(cls)}
+    for values in cls.variants:
+        found[".".join([cls.name, *(f"{k}-{v}" for k, v in values.items() if not isinstance(v, dict))])] = small(cls, **values)
+    return found
+
+
+METHOD_CASES: dict[str, Config] = {name: cfg for cls in METHODS.values() for name, cfg in cases(cls).items() if cfg.parts}
 
 
 _softmax = torch.nn.functional.softmax
@@ -76,7 +91,8 @@ def tiny(model_type: str, dtype: torch.dtype = torch.float32, attn: str | None =
 
 
 def exact(model: nn.Module) -> nn.Module:
-    """Norms that compute in the model's own precision."""
+    """Norms that compute in the model's own precision, and experts in float64: torch's grouped product has none."""
+    model.set_experts_implementation("eager")
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and not type(module).__name__.startswith("Exact"):
             module.__class__ = _exact(type(module))
@@ -103,11 +119,19 @@ def fill(adapter: Adapter, seed: int = 0, scale: float = 0.1) -> Adapter:
     return adapter
 
 
+def fit(adapters: Adapters, cfg: Config) -> Config:
+    """The case, where this base has it: of the roles it names those that are there, or every linear if none is."""
+    roles, targets = {s.role for s in adapters.sites}, getattr(cfg, "targets", "linear")
+    if isinstance(targets, str) or "targets" not in {f.name for f in dataclasses.fields(cfg)} or roles >= set(targets):
+        return cfg
+    return dataclasses.replace(cfg, targets=tuple(r for r in targets if r in roles) or "linear")
+
+
 def attached(model: nn.Module, *names: str, scale: float = 0.1):
     """`attach` with one filled adapter a method, named after it (all of METHOD_CASES unless some are named)."""
     adapters = attach(model)
     for i, name in enumerate(names or METHOD_CASES):
-        fill(adapters.add(name, METHOD_CASES[name]), seed=i + 1, scale=scale)
+        fill(adapters.add(name, fit(adapters, METHOD_CASES[name])), seed=i + 1, scale=scale)
     return adapters
 
 

@@ -10,10 +10,40 @@ from tsugiki.api import evaluate, generate, train, train_run
 from tsugiki.config import DataConfig, EvalConfig, RunConfig, TrainConfig
 from tsugiki.errors import RunError, UserError
 from tsugiki.load import load
-from tsugiki.methods import EVA, AdaLoRA, BitFit, DoRA, Full, LoRA, LoRAPlus, OLoRA, PiSSA, Prefix, Prompt, VeRA
+from tsugiki.methods import (
+    BOFT,
+    EVA,
+    IA3,
+    MAM,
+    OFT,
+    AdaLoRA,
+    BitFit,
+    DoRA,
+    Full,
+    LlamaAdapter,
+    LNTuning,
+    LoHa,
+    LoKr,
+    LoRA,
+    LoRAPlus,
+    LoReFT,
+    OLoRA,
+    Parallel,
+    ParallelLinear,
+    Pfeiffer,
+    PiSSA,
+    Prefix,
+    Prompt,
+    PTuning,
+    Series,
+    SeriesLinear,
+    VeRA,
+)
 from tsugiki.sites import Family, Site, sites
 
 __version__ = "0.1.0"
-__all__ = ["AdaLoRA", "Adapters", "BitFit", "DataConfig", "DoRA", "EVA", "EvalConfig", "Family", "Full", "LoRA", "LoRAPlus",
-           "OLoRA", "PiSSA", "Prefix", "Prompt", "RunConfig", "RunError", "Site", "TrainConfig", "UserError", "VeRA", "attach",
-           "evaluate", "generate", "load", "sites", "train", "train_run"]
+__all__ = ["AdaLoRA", "Adapters", "BOFT", "BitFit", "DataConfig", "DoRA", "EVA", "EvalConfig", "Family", "Full", "IA3",
+           "LNTuning", "LlamaAdapter", "LoHa", "LoKr", "LoRA", "LoRAPlus", "LoReFT", "MAM", "OFT", "OLoRA", "PTuning",
+           "Parallel", "ParallelLinear", "Pfeiffer", "PiSSA", "Prefix", "Prompt", "RunConfig", "RunError", "Series",
+           "SeriesLinear", "Site", "TrainConfig", "UserError", "VeRA", "attach", "evaluate", "generate", "load", "sites",
+           "train", "train_run"]

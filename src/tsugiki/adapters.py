@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from .route import prompting, using
 from .sites import Family, Site, family_of, select, sites
 from .tap import Unsaved, install
 from .virtual import enter, enter_part, leave
-from .weights import device_of
+from .weights import device_of, keep_exact
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +90,7 @@ class Adapters:
     def __init__(self, model: nn.Module, family: Family | None = None):
         self.family = family or family_of(model)
         self.sites = tuple(sites(model, self.family))             # raises before anything is changed
+        keep_exact(model)                                         # raises, too
         self.model = model
         self.arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.checkpointed = tuple(m for m in model.modules() if hasattr(m, "gradient_checkpointing"))
@@ -157,7 +158,9 @@ class Adapters:
         self._check_name(name)
         if not isinstance(config, Config) or not config.parts:
             raise UserError(f"adapter {name!r}: {getattr(config, 'name', config)!r} is not a method that adds an adapter")
-        chosen = [(part, self._chosen(part, config)) for part in config.parts]
+        chosen = [(part, sites) for part in config.parts if (sites := self._chosen(part, config))]
+        if not chosen:
+            raise UserError(f"{config.name}: none of its targets is a site that it edits")
         self.model.adapter_shared.add_module(key := f"of_{len(self.model.adapter_shared._modules)}_{name}".replace(".", "_"),
                                              shared := nn.ModuleDict())
         try:
@@ -184,7 +187,8 @@ class Adapters:
         return adapter
 
     def _chosen(self, part: Config, config: Config) -> Sequence[Site]:
-        sites = part.pick(select(self.sites, part.targets, part.edit.roles, config.name))
+        default = part.targets == type(part).targets
+        sites = part.pick(select(self.sites, part.targets, part.edit.roles, config.name, default))
         shared = next((s for s in sites if s.features is not None or s.span), None)
         if shared is not None and changes_input(part.edit):
             raise UserError(f"{config.name} changes its site's input, which {shared.name} shares with others; target "
@@ -236,9 +240,14 @@ class Adapters:
         """Every module that merges changed, with its weight from before, in the module's own layout."""
         return self._merged.originals()
 
-    def fingerprint(self) -> str:
-        """Names the base's weights, whatever precision they are loaded in and whatever is merged."""
-        return self._merged.fingerprint()
+    def fingerprints(self) -> tuple[str | None, str]:
+        """Name the base's weights, whatever is merged: all of them, in 16 bits or more whatever the precision (None for a base
+        in few bits); and those that few bits leave as they are (embeddings, norms, biases), the same for every precision."""
+        return self._merged.fingerprints()
+
+    def fingerprint(self) -> str | None:
+        """The first of `fingerprints`."""
+        return self.fingerprints()[0]
 
     def save(self, name: str, path: str | Path, **options: Any) -> Path:
         from .formats import save  # formats know adapters, not the other way round
@@ -247,6 +256,16 @@ class Adapters:
     def load(self, name: str, path: str | Path, **options: Any) -> Adapter:
         from .formats import load
         return load(self, name, path, **options)
+
+    def combine(self, new: str, names: Mapping[str, float] | Sequence[str], **options: Any) -> Any:
+        """Add a LoRA `new` made of several adapters' weighted changes: how=, rank=, density=, seed=, as tsugiki.combine says."""
+        from .combine import combine  # makes a LoRA; the core knows no method
+        return combine(self, new, names, **options)
+
+    def convert(self, name: str, new: str, rank: int | None = None) -> Any:
+        """Add a LoRA `new` with the change of weights that the adapter `name` makes, exact or the best one of a rank."""
+        from .combine import convert
+        return convert(self, name, new, rank)
 
 
 def attach(model: nn.Module, family: Family | None = None) -> Adapters:

@@ -20,6 +20,7 @@ from tsugiki.load import base_path, compute_dtype, device_of, load, pad_id
 from tsugiki.methods import Full, make
 from tsugiki.train.log import console
 from tsugiki.train.run import Result, check_folder, read_rows, run
+from tsugiki.weights import few_bits
 
 
 def train(model: nn.Module, tokenizer, data: str | Path | Sequence[str | Path], out: str | Path, *, adapter: str = "default",
@@ -40,6 +41,7 @@ def train(model: nn.Module, tokenizer, data: str | Path | Sequence[str | Path], 
     fields = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
     files = [data] if isinstance(data, (str, Path)) else list(data)
     cfg = RunConfig(base=str(getattr(model.config, "_name_or_path", "") or ""), out=str(out), adapter=adapter,
+                    bits=few_bits(model) or 0,
                     method={"name": type(chosen).name} | fields,
                     data=DataConfig(files=[str(f) for f in files], eval=[str(held_out)] if held_out else []),
                     train=build(TrainConfig, settings, "train."))
@@ -58,7 +60,8 @@ def train_run(cfg: RunConfig, *, quiet: bool = False) -> Result:
     check_folder(Path(cfg.out), cfg, rows.fingerprint)
     dtype = compute_dtype(cfg.train.dtype, device)
     dtype = torch.float32 if isinstance(method, Full) else dtype         # trained weights are float32, computed under autocast
-    model, tokenizer = load(cfg.base, dtype=dtype, device=cfg.device, trust_remote_code=cfg.trust_remote_code)
+    model, tokenizer = load(cfg.base, bits=cfg.bits or None, dtype=dtype, device=cfg.device,
+                            trust_remote_code=cfg.trust_remote_code)
     return run(model, tokenizer, cfg, rows, quiet=quiet, say=say)
 
 

@@ -82,6 +82,7 @@ class RunConfig:
     adapter: str = option("default", "name of the adapter")
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
     device: str = option("auto", "cpu, cuda, or auto")
+    bits: int = option(0, "store the base's linears in 4 (NF4) or 8 bits, with the extra [quant]; 0: in train.dtype", (0, 4, 8))
     data: DataConfig = field(default_factory=DataConfig)
     method: dict = field(default_factory=lambda: {"name": "lora"})
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -92,6 +93,8 @@ class RunConfig:
         data, train, name = self.data, self.train, self.method.get("name")
         if not isinstance(name, str):
             raise UserError(f"method.name: expected the name of a method, found {_shown(name)}")
+        if self.bits and name == "full":
+            raise UserError(f"bits: weights in {self.bits} bits cannot be trained; give another method than full, or bits 0")
         if data.labels and not (data.prompt or data.completion):
             raise UserError("data.labels: they are words for a table's columns; give data.prompt and data.completion too")
         if not (data.eval or data.holdout):
@@ -176,7 +179,7 @@ def _in_range(value, metadata, name: str) -> None:
         return
     choices, low, high = metadata["choices"], metadata["low"], metadata["high"]
     if choices and value not in choices:
-        raise UserError(f"{name}: {_shown(value)} is not one of {', '.join(choices)}{nearest(value, choices)}")
+        raise UserError(f"{name}: {_shown(value)} is not one of {', '.join(map(str, choices))}{nearest(value, choices)}")
     if low is not None and value < low or high is not None and value > high:
         allowed = f"at least {low:g}" if high is None else f"{low:g} to {high:g}"
         raise UserError(f"{name}: {value:g} is out of range, allowed: {allowed}")

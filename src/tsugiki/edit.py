@@ -10,14 +10,15 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
-from .route import Context
-from .sites import LINEAR_ROLES, Site
+from .route import Context, Rows
+from .sites import LINEAR_ROLES, SHARED_GATE, Site
 from .weights import dense, unmerged
 
-LINEARS = (*LINEAR_ROLES, "head")                     # where a change of a weight can sit
+LINEARS = (*LINEAR_ROLES, SHARED_GATE, "head")        # where a change of a weight can sit
 
 
 def setting(default: Any = MISSING, help: str = "", *, low: float | None = None, high: float | None = None,
@@ -34,6 +35,7 @@ class Config:
     edit: ClassVar[type[Edit] | None] = None          # its Edit; None: see `parts`
     lr: ClassVar[float]                               # the learning rate to start from
     peft: ClassVar[Any] = None                        # how Hugging Face PEFT writes it (formats.peft), if PEFT has it
+    variants: ClassVar[tuple[dict, ...]] = ()         # settings that go another way through its code: tests run each
 
     @property
     def parts(self) -> tuple[Config, ...]:
@@ -153,6 +155,21 @@ class Start:
         return tensor.to(self.device, self.dtype)
 
 
+class Dense(nn.Module):
+    """A trained linear map of an edit's own. Not an nn.Linear: whoever looks for the base's linears does not find it."""
+
+    def __init__(self, start: Start, key: str, d_in: int, d_out: int, bias: bool = True,
+                 fill: Callable[[Tensor, torch.Generator], Any] | None = None):
+        super().__init__()
+        bound = d_in ** -0.5
+        fill = fill or (lambda t, g: t.uniform_(-bound, bound, generator=g))
+        self.weight = start.parameter(f"{key}.weight", d_out, d_in, fill=fill)
+        self.bias = start.parameter(f"{key}.bias", d_out) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
 class Edit(nn.Module):
     """One method at one site. It never calls the base. Override `pre` or `post`, and `merge` if the maths allows it.
 
@@ -177,12 +194,16 @@ class Edit(nn.Module):
         """The site's output, changed, seeing its input."""
         return y
 
-    def arguments(self, kwargs: dict[str, Any], ctx: Context) -> None:
-        """On a block, if keeps_arguments: the keyword arguments of the layer's call."""
+    def arguments(self, kwargs: dict[str, Any], rows: Rows, ctx: Context) -> None:
+        """On a block, if keeps_arguments: the keyword arguments of the layer's call, and the batch rows that are this edit's."""
 
     def merge(self, w: Tensor, b: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
-        """The same change folded into a float64 weight (out, in) and bias, as new tensors."""
+        """What `post` does, folded into a float64 weight (out, in) and bias, as new tensors."""
         raise NotImplementedError
+
+    def merge_input(self, w: Tensor, site: Site) -> Tensor:
+        """What `pre` does, folded into a float64 weight (out, in), as a new tensor: the weight of pre(x) as one of x."""
+        return w
 
 
 def kept_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

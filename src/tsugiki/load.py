@@ -1,13 +1,23 @@
 """Models and tokenizers from a folder, the hub, or the embedded base."""
 from __future__ import annotations
 
+import logging
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from tsugiki.errors import UserError, nearest
+from tsugiki.weights import few_bits, keep_exact
 
 EMBEDDED = "embedded"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -74,20 +84,46 @@ def load_tokenizer(base: str = EMBEDDED, trust_remote_code: bool = False) -> Pre
         raise UserError(f"base: the tokenizer of {base} cannot be read: {_first_line(e)}") from None
 
 
-def load(base: str = EMBEDDED, *, dtype: str | torch.dtype = "auto", device: str = "auto",
+def load(base: str = EMBEDDED, *, bits: int | None = None, dtype: str | torch.dtype = "auto", device: str = "auto",
          trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A transformers model in evaluation mode and its tokenizer, from a folder, a hub id or "embedded".
 
+    bits: 4 (NF4, its scales in 8 bits) or 8 (int8, a scale a row) store the linears of the layers so, through bitsandbytes;
+    embeddings, norms, biases and the head keep `dtype`, which is also what everything is computed in.
     dtype: "auto" (bf16 where the hardware multiplies it), "bf16", "fp32", "fp64", or a torch dtype.
     """
     path, where = base_path(base), device_of(device)
     chosen = dtype if isinstance(dtype, torch.dtype) else compute_dtype(dtype, where)
+    few = _few_bits_options(bits, chosen, where) if bits else {}
+    if chosen == torch.float64:                       # torch's grouped product, which experts are computed with, has none
+        few["experts_implementation"] = "eager"
     tokenizer = load_tokenizer(base, trust_remote_code)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=chosen, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=chosen, trust_remote_code=trust_remote_code, **few)
     except Exception as e:
         raise UserError(f"base: {base} cannot be loaded: {_first_line(e)}") from None
-    return model.to(where).eval(), tokenizer
+    stored = few_bits(model)                          # may be so without `bits`: a base that is on disk in few bits
+    if bits and stored != bits:
+        why = f"it is stored in {stored} bits" if stored else "none of its linears is of a kind that bitsandbytes replaces"
+        raise UserError(f"bits: {base} cannot be loaded in {bits} bits: {why}")
+    keep_exact(model)
+    return (model if stored else model.to(where)).eval(), tokenizer
+
+
+def _few_bits_options(bits: int, dtype: torch.dtype, device: torch.device) -> dict:
+    """from_pretrained's arguments for a base in few bits; UserError where that cannot be."""
+    if bits not in (4, 8):
+        raise UserError(f"bits: {bits!r} is not one of 4, 8 (leave it out for 16 or 32)")
+    if dtype == torch.float64:
+        raise UserError(f"bits: {bits} computes in bf16 or fp32, not in fp64")
+    for name in ("bitsandbytes", "accelerate"):
+        if find_spec(name) is None:
+            raise UserError(f"bits: {bits} needs {name}, which is not installed; pip install 'tsugiki[quant]'")
+    if (log := logging.getLogger("bitsandbytes")).level == logging.NOTSET:
+        log.setLevel(logging.ERROR)                   # it warns at import of a kernel that is not used here
+    kind = {"load_in_8bit": True} if bits == 8 else {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return {"quantization_config": BitsAndBytesConfig(**kind), "device_map": {"": device}}
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

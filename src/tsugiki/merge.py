@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .tap import base_parameters
-from .weights import dense, restore, write
+from .weights import check_writable, dense, few_bits, quantisable, restore, write
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,17 @@ class Merged:
         self.order: list[str] = []
         self._kept: dict[nn.Module, Kept] = {}
         self._flags: dict[str, Any] = {}              # config fields changed for the sake of a merge
-        self._fingerprint: str | None = None
+        self._few, self._quantisable = few_bits(home.model), quantisable(home.model)     # now: later, threads may add adapters
+        self._prints: tuple[str | None, str] | None = None
 
     def merge(self, adapter: Any) -> MergeReport:
         if adapter.name in self.order:
             raise UserError(f"adapter {adapter.name!r} is merged already")
         if not adapter.mergeable:
             raise UserError(f"{adapter.cfg.name} is not a change of weights: adapter {adapter.name!r} cannot be merged")
-        self._fingerprint = self.fingerprint()
+        for module in self._modules(adapter):
+            check_writable(module)
+        self._prints = self.fingerprints()
         self.order.append(adapter.name)
         try:
             errors = [self._recompute(module) for module in self._modules(adapter)]
@@ -67,7 +71,7 @@ class Merged:
                 self._recompute(module)
         self._declare_biases()
         if not self.order:
-            self._fingerprint = None
+            self._prints = None
 
     def originals(self) -> list[tuple[nn.Module, Tensor]]:
         """Every module a merge changed, with its weight from before, in the module's own layout."""
@@ -86,9 +90,7 @@ class Merged:
             return 0.0, 0.0, 0.0
         kept = self._keep(module)
         w0, b0 = dense(module, kept.weight).double(), None if kept.bias is None else kept.bias.double()
-        w, b = w0, b0
-        for site, edit in edits:
-            w, b = _fold(edit, site, w, b)
+        w, b = fold(edits, w0, b0)
         write(module, w, b)
         pairs = [(dense(module).double(), w, w0)]
         if b is not None:
@@ -162,16 +164,29 @@ class Merged:
     def _changes_bias(self, module: nn.Module) -> bool:
         return self._touched(module) and bool(module.bias.detach().abs().max() > 0)
 
-    def fingerprint(self) -> str:
-        """sha256 over (name, shape, 64 strided values rounded to bf16) of the base's parameters, tied ones once."""
-        if self._fingerprint is not None:             # something is merged: as it was before
-            return self._fingerprint
-        digest = hashlib.sha256()
+    def fingerprints(self) -> tuple[str | None, str]:
+        """(of everything, or None for a base in few bits; of what few bits leave alone): sha256 over (name, shape, 64 strided
+        values rounded to bf16) of the base's parameters, tied ones once. The second has no weights of linears."""
+        if self._prints is not None:                  # something is merged: as it was before
+            return self._prints
+        everything, rest = hashlib.sha256(), hashlib.sha256()
         for name, p in base_parameters(self.home.model):
             flat = p.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).view(torch.int16).cpu().tolist()
-            digest.update(repr((name, tuple(p.shape), sample)).encode())
-        return digest.hexdigest()
+            line = repr((name, tuple(p.shape), sample)).encode()
+            everything.update(line)
+            if name not in self._quantisable:
+                rest.update(line)
+        return None if self._few else everything.hexdigest(), rest.hexdigest()
+
+
+def fold(edits: Sequence[tuple[Any, Any]], w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(site, edit) pairs of one module, in their order, into its whole weight (out, in) and bias, as new tensors."""
+    for site, edit in edits:
+        w, b = _fold(edit, site, w, b)
+    for site, edit in reversed(edits):                # outputs change after the weight, inputs before it: the last one meets it
+        w = edit.merge_input(w, site)
+    return w, b
 
 
 def _fold(edit: Any, site: Any, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

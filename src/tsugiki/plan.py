@@ -1,53 +1,75 @@
-"""What a run will need, before it starts: trained parameters by the method's own shapes, memory by what training keeps."""
+"""What a run will need, before it starts and without weights: one rehearsed step, by the code that trains."""
 from __future__ import annotations
 
+import dataclasses
+import gc
+import json
+import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from tsugiki.adapters import attach
+from tsugiki import formats
+from tsugiki.adapters import Adapter, attach
+from tsugiki.config import RunConfig, TrainConfig
+from tsugiki.data.render import Example
 from tsugiki.edit import Config
 from tsugiki.errors import UserError
-from tsugiki.load import base_path
+from tsugiki.evaluate.answers import room
+from tsugiki.load import base_path, load_tokenizer, stored_dtype
 from tsugiki.methods import Full
-from tsugiki.sites import LINEAR_ROLES, sites
+from tsugiki.rates import seconds
+from tsugiki.rehearsal import Ledger
+from tsugiki.tap import base_parameters
+from tsugiki.train.log import Bar
+from tsugiki.train.loop import Job, _Run
+from tsugiki.train.run import _frozen_but, _look, _route
 
-# Activations an eager forward keeps for backward, over what its linears read and write; norms, casts, gates and attention
-# keep copies of their own. A rule of thumb from published profiles of Llama-3-8B, not yet checked against measured peaks.
-KEPT = 2.3
+LENGTH = 512                                          # tokens of a row unless told
+SHORT, WHOLE = (2, 4), 8                              # layers of the two copies that stand for a model of more than WHOLE
+NOTE = {"format": "pt"}                               # what the files of a result carry in their header
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One method on one base. Sizes in bytes; memory is an estimate for `tokens` tokens in one forward."""
+    """One method on one base, for steps of one forward of `tokens` tokens. Sizes in bytes.
+
+    memory = weights + optimizer + activations: what tensors hold at the peak of a step. The process holds its libraries
+    besides, and what its allocator does not give back.
+    """
     method: str
     total: int
     trainable: int
-    weights: int
-    optimizer: int
-    activations: int
-    checkpoint: int
+    weights: int                                      # all parameters and buffers, the method's own included
+    optimizer: int                                    # the moments
+    activations: int                                  # the rest of the peak: activations, gradients, passing copies
+    saved: int                                        # the file of the result: an adapter's tensors, or a whole model's
+    checkpoint: int                                   # one checkpoint of the run: its tensors and their moments
+    tokens: int
+    flops: int                                        # of one step
+    step_seconds: float | None                        # None: not asked for
+    rehearsed: bool                                   # False: copies of SHORT layers were run for real
 
     @property
     def memory(self) -> int:
         return self.weights + self.optimizer + self.activations
 
+    @property
+    def seconds(self) -> float | None:
+        """Per 1,000 tokens."""
+        return None if self.step_seconds is None else self.step_seconds * 1000 / self.tokens
+
     def plain(self) -> dict:
         return {"method": self.method, "total": self.total, "trainable": self.trainable, "share": self.trainable / self.total,
                 "memory_bytes": self.memory, "weights_bytes": self.weights, "optimizer_bytes": self.optimizer,
-                "activations_bytes": self.activations, "checkpoint_bytes": self.checkpoint}
-
-
-def skeleton(base: str, trust_remote_code: bool = False) -> nn.Module:
-    """The base without weights (meta tensors): its shapes at no cost."""
-    try:
-        config = AutoConfig.from_pretrained(base_path(base), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as e:
-        raise UserError(f"base: {base} cannot be read: {(str(e).splitlines() or [''])[0][:200]}") from None
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+                "activations_bytes": self.activations, "saved_bytes": self.saved, "checkpoint_bytes": self.checkpoint,
+                "tokens": self.tokens, "flops": self.flops, "seconds_per_1000_tokens": self.seconds,
+                "rehearsed": self.rehearsed}
 
 
 def lora_parameters(d_in: int, d_out: int, rank: int) -> int:
@@ -55,24 +77,191 @@ def lora_parameters(d_in: int, d_out: int, rank: int) -> int:
     return rank * (d_in + d_out)
 
 
-def plan(base: str, config: Config, *, tokens: int = 4096, width: int = 2, trust_remote_code: bool = False) -> Plan:
-    """Count `config` on `base` by building it on meta tensors, so every method counts itself.
+def base_config(base: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The base's config.json: all that a plan reads of it."""
+    try:
+        read = AutoConfig.from_pretrained(base_path(base), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as e:
+        raise UserError(f"base: {base} cannot be read: {(str(e).splitlines() or [''])[0][:200]}") from None
+    if getattr(read, "quantization_config", None):
+        raise UserError(f"base: {base} is stored in few bits, which plan does not count; give the base it was made from")
+    return read
 
-    tokens: of one forward (train.max_tokens); width: bytes of a base weight (2 for bf16).
+
+def plan(base: str, config: Config, *, tokens: int = 4096, length: int | None = None, trained: float = 1.0,
+         dtype: torch.dtype = torch.bfloat16, device: str = "cpu", timed: bool = True, trust_remote_code: bool = False) -> Plan:
+    """Rehearse a step of `config` on `base`, so every method counts itself.
+
+    tokens: of one forward (train.max_tokens), in rows of `length` (default: 512, or what the base takes at most).
+    trained: share of them that are targets, at the end of each row. timed: also measure this machine and estimate time.
+    A method that cannot be rehearsed is run for real on copies of 2 and 4 layers. Raises UserError as the run would.
     """
-    model = skeleton(base, trust_remote_code)
-    total = sum(p.numel() for p in model.parameters())
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    read = sum(s.d_in + s.d_out for s in sites(model) if s.role in LINEAR_ROLES and s.features is None)
-    if isinstance(config, Full):
-        trained = config.select(model)
-        trainable, frozen = sum(p.numel() for p in trained.values()), total
-        frozen -= trainable
-    else:
-        trainable, frozen = sum(p.numel() for p in attach(model).add("plan", config).parameters().values()), total
-    # float32 master, gradient, two moments; a full run loads all of the base in float32 and keeps 16-bit copies for the products
-    full = isinstance(config, Full)
-    optimizer = trainable * (16 + (width if full and width < 4 else 0))
-    activations = int(tokens * (KEPT * read * width + vocabulary * (width + 4 + 4)))
-    return Plan(config.name, total + (0 if full else trainable), trainable, frozen * (max(width, 4) if full else width), optimizer,
-                activations, trainable * 12)
+    for flag, value, good in (("tokens", tokens, tokens >= 2), ("length", length, length is None or length >= 2),
+                              ("trained", trained, 0 < trained <= 1)):
+        if not good:
+            raise UserError(f"--{flag} {value}: must be {'above 0 and at most 1' if flag == 'trained' else 'at least 2'}")
+    read = base_config(base, trust_remote_code)
+    width = min(length or LENGTH, tokens)
+    case = _Case(config, max(1, tokens // width), width, trained, dtype, torch.device(device), stored_dtype(base), timed,
+                 _tokenizer(base, trust_remote_code))
+    try:
+        found, rehearsed = _extended(case, read) or _count(case, read), True
+    except RuntimeError:                              # torch's ways to say that a computation depends on numbers
+        found, rehearsed = _line(read, *(_count(case, _shortened(read, n), fake=False) for n in SHORT)), False
+    weights, optimizer = found.weights, found.optimizer
+    return Plan(config.name, found.total, found.trainable, weights, optimizer, max(found.early, found.late) - weights - optimizer,
+                found.saved, found.checkpoint, found.tokens, found.flops, found.seconds, rehearsed)
+
+
+@cache
+def _tokenizer(base: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    try:
+        return load_tokenizer(base, trust_remote_code)
+    except UserError:                                 # a method that needs one will say so
+        return None
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What is rehearsed: a method, and a step's layout and precision."""
+    config: Config
+    rows: int
+    length: int
+    trained: float
+    dtype: torch.dtype
+    device: torch.device
+    stored: torch.dtype                               # of the base on disk
+    timed: bool
+    tokenizer: PreTrainedTokenizerBase | None = None  # some methods start from a text
+
+    @property
+    def full(self) -> bool:
+        return isinstance(self.config, Full)
+
+
+@dataclass(frozen=True)
+class _Count:
+    """What one step counts, each number a line over the layers of a model whose layers are alike."""
+    total: int
+    trainable: int
+    weights: int
+    optimizer: int
+    early: int                                        # the peak until the last gradient is there: forward and backward
+    late: int                                         # the peak after it: norm, clipping, update
+    saved: int
+    checkpoint: int
+    tokens: int
+    flops: int
+    seconds: float | None
+
+
+def _set_up(case: _Case, read: PretrainedConfig) -> tuple[nn.Module, Adapter | None, dict[str, nn.Parameter]]:
+    """(model, adapter or None, trained parameters), as a run makes them."""
+    with case.device:
+        model = AutoModelForCausalLM.from_config(read, dtype=torch.float32 if case.full else case.dtype).eval()
+    adapter = None if case.full else attach(model).add("default", case.config, tokenizer=case.tokenizer)
+    params = case.config.select(model) if adapter is None else adapter.parameters()
+    _frozen_but(model, params)
+    return model, adapter, params
+
+
+def _sizes(model: nn.Module, adapter: Adapter | None, params: dict[str, nn.Parameter]) -> tuple[int, int]:
+    """(all parameters, the trained ones)."""
+    trainable = sum(p.numel() for p in params.values())
+    return sum(p.numel() for _, p in base_parameters(model)) + (trainable if adapter else 0), trainable
+
+
+def _count(case: _Case, read: PretrainedConfig, fake: bool = True) -> _Count:
+    """Set up, take one update so that the moments are there, then count a step."""
+    with Ledger(fake) as ledger, tempfile.TemporaryDirectory() as folder:
+        model, adapter, params = _set_up(case, read)
+        length = min(case.length, room(model) or case.length)
+        job = _job(case, length, model, adapter, params)
+        if adapter is not None:                       # a start made from data may change shapes
+            case.config.prepare(adapter, partial(_look, model, job.examples, job.cfg, 0, "default"))
+            params = adapter.parameters()
+            _frozen_but(model, params)
+            job = dataclasses.replace(job, params=params)
+        steps = _Run(job, Path(folder), lambda line: None)
+        gc.collect()
+        weights = ledger.live
+        for p in params.values():
+            p.grad = torch.zeros_like(p)
+        steps.optimizer.step()
+        steps.optimizer.zero_grad(set_to_none=True)
+        optimizer = ledger.live - weights
+        for p in params.values():
+            p.register_post_accumulate_grad_hook(lambda p: ledger.mark())
+        ledger.begin()
+        steps.step(Bar("rehearsal", 1, quiet=True))
+        early, late, work, calls = ledger.early, ledger.late, ledger.work, ledger.calls
+        saved = _model_bytes(model, case.stored) if case.full else file_bytes(formats.contents(adapter)[2].items(), NOTE)
+        moments = [(f"{n}:{k}", v) for n, p in params.items() for k, v in steps.optimizer.state[p].items()]
+        checkpoint, sizes = file_bytes(job.tensors.items()) + file_bytes(moments), _sizes(model, adapter, params)
+    took = seconds(work, calls, case.device, case.dtype) if case.timed else None
+    return _Count(*sizes, weights, optimizer, early, late, saved, checkpoint, case.rows * length,
+                  sum(w.flops for w in work.values()), took)
+
+
+def _job(case: _Case, length: int, model: nn.Module, adapter: Adapter | None, params: dict[str, nn.Parameter]) -> Job:
+    """A training job of one step on equal rows, the last tokens of each trained."""
+    rows, vocabulary = case.rows, model.get_input_embeddings().weight.shape[0]
+    first = length - max(1, round(case.trained * (length - 1)))
+    examples = [Example([(31 * r + 7 * t) % vocabulary for t in range(length)], [t >= first for t in range(length)], f"row {r}")
+                for r in range(rows)]
+    cfg = RunConfig(train=TrainConfig(batch_size=rows, max_length=length, max_tokens=rows * length, steps=1))
+    mixed = case.full and case.dtype == torch.bfloat16
+    more = {"autocast": partial(torch.autocast, case.device.type, torch.bfloat16)} if mixed else {}
+    return Job(model, params, examples, cfg.train, case.config.lr, 0, "pad", route=_route(cfg, adapter), adapter=adapter, **more)
+
+
+def file_bytes(tensors: Iterable[tuple[str, Tensor]], metadata: dict[str, str] | None = None) -> int:
+    """Size of the safetensors file of these tensors, to the byte: a length, a header padded to 8, the data."""
+    codes = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, tensor in sorted(tensors, key=lambda item: (-item[1].element_size(), item[0])):
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        code = codes.get(tensor.dtype, f"{'BOOL' if tensor.dtype == torch.bool else f'I{8 * tensor.element_size()}'}")
+        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-text // 8) * 8 + end
+
+
+def _model_bytes(model: nn.Module, stored: torch.dtype) -> int:
+    """Size of a whole model's file in `stored`, what is tied written once."""
+    kept = {id(p): (n, p) for n, p in model.state_dict(keep_vars=True).items()}
+    return file_bytes(((n, torch.empty(p.shape, dtype=stored if p.is_floating_point() else p.dtype, device="meta"))
+                       for n, p in kept.values()), NOTE)
+
+
+def _shortened(read: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """The same base with fewer layers."""
+    read = type(read).from_dict(read.to_dict())
+    if isinstance(kinds := getattr(read, "layer_types", None), list):
+        read.layer_types = kinds[:layers]
+    read.num_hidden_layers = layers
+    return read
+
+
+def _extended(case: _Case, read: PretrainedConfig) -> _Count | None:
+    """The count of a model of many layers from two copies of few; None where its layers, or the method's way with them,
+    are not alike: then the sizes of the whole model do not lie on the line through the copies'."""
+    if read.num_hidden_layers <= WHOLE or len(set(getattr(read, "layer_types", None) or ())) > 1:
+        return None
+    try:
+        found = _line(read, *(_count(case, _shortened(read, n)) for n in SHORT))
+    except UserError:                                 # it names a layer that the copies lack
+        return None
+    with Ledger():
+        whole = _sizes(*_set_up(case, read))
+    return found if whole == (found.total, found.trainable) else None
+
+
+def _line(read: PretrainedConfig, few: _Count, more: _Count) -> _Count:
+    """The count of all layers, by the line through those of SHORT layers."""
+    far, values = (read.num_hidden_layers - SHORT[0]) / (SHORT[1] - SHORT[0]), {}
+    for name, a in vars(few).items():
+        step = 0 if a is None else (getattr(more, name) - a) * far
+        values[name] = a + step if isinstance(a, float) else a if a is None else a + round(step)
+    return _Count(**values)

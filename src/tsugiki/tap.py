@@ -160,9 +160,9 @@ def arguments_hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
         if tap.keeps:
             ctx = tap.context()
             for level in ctx.route:
-                for name, _, _ in level:
+                for name, rows, _ in level:
                     if name in tap.keeps:
-                        tap.keeps[name].arguments(kwargs, ctx)
+                        tap.keeps[name].arguments(kwargs, rows, ctx)
 
 
 def exit_hook(module: nn.Module, args: tuple, out: Any) -> Any:

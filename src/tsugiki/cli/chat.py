@@ -21,7 +21,7 @@ def add(commands) -> None:
                    help="chat: through the chat template; plain: each line alone, as it is (default: as the adapter was trained)")
     sampling(p)
     adapter_flags(p)
-    common(p)
+    common(p, bits=True)
     p.set_defaults(run=run, parser=p)
 
 

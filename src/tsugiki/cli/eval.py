@@ -27,7 +27,7 @@ def add(commands) -> None:
     p.add_argument("--max-length", type=int, default=1024, help="longest row in tokens (%(default)s)")
     p.add_argument("--show", type=int, default=0, metavar="N", help="also print the first N answers")
     adapter_flags(p)
-    common(p)
+    common(p, bits=True)
     p.set_defaults(run=run, parser=p)
 
 

@@ -24,7 +24,7 @@ def add(commands) -> None:
                    help="chat: through the chat template; plain: the text as it is (default: as the adapter was trained)")
     sampling(p)
     adapter_flags(p)
-    common(p)
+    common(p, bits=True)
     p.set_defaults(run=run, parser=p)
 
 

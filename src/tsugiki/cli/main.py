@@ -36,21 +36,23 @@ def emit(args: argparse.Namespace, values: dict, text: str = "") -> None:
 
 
 def parser() -> Parser:
-    from tsugiki.cli import chat, data, demo, eval, generate, merge, plan, train
+    from tsugiki.cli import chat, combine, convert, data, demo, eval, generate, merge, plan, train
     top = Parser(prog="tsugiki",
                  description="Fine-tune large language models. `tsugiki demo` shows the whole road in a few minutes.")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser, required=True)
-    for module in (demo, train, generate, chat, eval, merge, plan, data):
+    for module in (demo, train, generate, chat, eval, merge, combine, convert, plan, data):
         module.add(commands)
     return top
 
 
-def common(p: argparse.ArgumentParser, base: bool = True) -> None:
-    """Flags that most commands share."""
+def common(p: argparse.ArgumentParser, base: bool = True, bits: bool = False) -> None:
+    """Flags that most commands share; `bits` for those that run a base as it was loaded."""
     if base:
         p.add_argument("--base", default=None, help="model folder, hub id, or 'embedded' (the default)")
         p.add_argument("--device", default=None, help="cpu, cuda, or auto (the default)")
         p.add_argument("--dtype", default=None, help="bf16, fp32, or auto (the default: bf16 where the hardware multiplies it)")
+        if bits:
+            p.add_argument("--bits", type=int, default=None, help="store the base in 4 (NF4) or 8 bits; needs tsugiki[quant]")
         p.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     p.add_argument("--json", action="store_true", help="print one JSON object on stdout; progress goes to stderr")
     p.add_argument("--quiet", action="store_true", help="no progress")

@@ -69,8 +69,8 @@ def load_with_adapters(args: argparse.Namespace, dtype: str | None = None) -> Lo
         if name in wanted:
             raise UserError(f"--adapter {text}: the name {name!r} is given twice; use NAME=DIR")
         wanted[name] = folder
-    model, tokenizer = load(args.base or EMBEDDED, dtype=dtype or args.dtype or "auto", device=args.device or "auto",
-                            trust_remote_code=args.trust_remote_code)
+    model, tokenizer = load(args.base or EMBEDDED, bits=getattr(args, "bits", None) or None, dtype=dtype or args.dtype or "auto",
+                            device=args.device or "auto", trust_remote_code=args.trust_remote_code)
     adapters, notes = attach(model), {}
     for name, folder in wanted.items():
         formats.load(adapters, name, folder)

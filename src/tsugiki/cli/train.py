@@ -15,11 +15,12 @@ The folder gets adapter/ (or model/ for full fine-tuning), metrics.jsonl, run.ya
 Stopped by Ctrl-C, a kill or a power cut? The same command goes on from the last checkpoint, to the same bits.
 """
 # flag -> key of the configuration
-KEYS = {"base": "base", "out": "out", "adapter_name": "adapter", "device": "device", "method": "method.name", "data": "data.files",
-        "eval_data": "data.eval", "format": "data.format", "prompt": "data.prompt", "completion": "data.completion",
-        "holdout": "data.holdout", "max_rows": "data.max_rows", "epochs": "train.epochs", "steps": "train.steps", "lr": "train.lr",
-        "batch_size": "train.batch_size", "max_length": "train.max_length", "seed": "train.seed", "dtype": "train.dtype",
-        "eval_steps": "train.eval_steps", "save_steps": "train.save_steps", "metric": "eval.metric"}
+KEYS = {"base": "base", "out": "out", "adapter_name": "adapter", "device": "device", "bits": "bits", "method": "method.name",
+        "data": "data.files", "eval_data": "data.eval", "format": "data.format", "prompt": "data.prompt",
+        "completion": "data.completion", "holdout": "data.holdout", "max_rows": "data.max_rows", "epochs": "train.epochs",
+        "steps": "train.steps", "lr": "train.lr", "batch_size": "train.batch_size", "max_length": "train.max_length",
+        "seed": "train.seed", "dtype": "train.dtype", "eval_steps": "train.eval_steps", "save_steps": "train.save_steps",
+        "metric": "eval.metric"}
 
 
 def add(commands) -> None:
@@ -45,7 +46,7 @@ def add(commands) -> None:
     p.add_argument("--config", metavar="FILE", help="a YAML file of the same keys; flags win over it")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                    help="any key, as train.warmup=0.1; may be given again")
-    common(p)
+    common(p, bits=True)
     p.set_defaults(run=run, parser=p)
 
 

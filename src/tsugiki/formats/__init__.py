@@ -23,7 +23,10 @@ from .disk import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..adapters import Adapter, Adapters
+    from ..edit import Config
 
 VERSION = 1
 
@@ -35,20 +38,26 @@ def save(adapter: Adapter, path: str | Path, *, stop_ids: Iterable[int] = (), ba
     stop_ids: token ids that end an answer; base: where the base came from; extra: any JSON object to keep with it.
     Raises UserError for tensors that are not finite, and for a folder that holds other things.
     """
-    from . import native, peft  # they know adapters; adapters know only this module
+    from . import native
     folder = Path(path)
-    cfg, tensors = adapter.cfg.stored(adapter)
-    if peft.writable(adapter, cfg):
-        config, tensors = peft.write(adapter, cfg, tensors, base)
-    else:
-        config = native.write(cfg)
+    cfg, config, tensors = contents(adapter, base)
     data, packed = to_json(config), pack_tensors(tensors, folder / TENSORS)
+    print_, rest = adapter.home.fingerprints()
     manifest = {"tsugiki": VERSION, "method": cfg.name, "settings": native.settings(cfg),
-                "base": adapter.home.fingerprint(), "stop_ids": sorted(set(map(int, stop_ids))), "extra": extra or {},
+                "base": print_, "base_rest": rest, "stop_ids": sorted(set(map(int, stop_ids))), "extra": extra or {},
                 "config": hashlib.sha256(data).hexdigest(), "tensors": {n: tensor_hash(t) for n, t in tensors.items()}}
     manifest["self"] = _self_hash(manifest)
     write_folder(folder, {TENSORS: packed, CONFIG: data, MANIFEST: to_json(manifest)})
     return folder
+
+
+def contents(adapter: Adapter, base: str | None = None) -> tuple[Config, dict[str, Any], dict[str, Tensor]]:
+    """What `save` writes: the method's config, the same as JSON, the tensors. In PEFT's form where PEFT has it, else in ours."""
+    from . import native, peft  # they know adapters; adapters know only this module
+    cfg, tensors = adapter.cfg.stored(adapter)
+    if peft.writable(adapter, cfg):
+        return cfg, *peft.write(adapter, cfg, tensors, base)
+    return cfg, native.write(cfg), tensors
 
 
 def load(adapters: Adapters, name: str, path: str | Path, *, check_base: bool = True) -> Adapter:
@@ -63,7 +72,7 @@ def load(adapters: Adapters, name: str, path: str | Path, *, check_base: bool = 
     config, tensors = parse_json(data, config_path), read_tensors(file)
     if manifest is not None:
         _verify(manifest, data, tensors, folder)
-        if check_base and manifest["base"] != adapters.fingerprint():
+        if check_base and not _same_base(manifest, adapters, folder):
             raise UserError(f"{folder / MANIFEST}: base: the adapter was made on another base model; load it on that one, "
                             "or pass check_base=False")
     if "peft_type" not in config:
@@ -76,6 +85,17 @@ def load(adapters: Adapters, name: str, path: str | Path, *, check_base: bool = 
     values = manifest["settings"] if manifest is not None else \
         peft.values_of(adapters, cls, config, tensors, config_path, file)
     return peft.read(adapters, name, native.build(cls.name, values, config_path), config, tensors, config_path, file)
+
+
+def _same_base(manifest: dict[str, Any], adapters: Adapters, folder: Path) -> bool:
+    """By all weights where both sides have them in 16 bits or more, else by those that few bits leave as they are."""
+    whole, rest = adapters.fingerprints()
+    if whole is not None and manifest.get("base") is not None:
+        return manifest["base"] == whole
+    if "base_rest" not in manifest:
+        raise UserError(f"{folder / MANIFEST}: base_rest: is missing, so this older adapter cannot be checked against a base in "
+                        "few bits; load it on the 16-bit base and save it again, or pass check_base=False")
+    return manifest["base_rest"] == rest
 
 
 def read_manifest(path: str | Path) -> dict[str, Any] | None:

@@ -14,8 +14,9 @@ from ..adapters import Adapter, Adapters
 from ..edit import Config
 from ..errors import UserError, nearest
 from ..methods import METHODS
-from ..sites import LINEAR_ROLES, ROLES, Site
+from ..sites import Site, shortest
 from ..tap import Unsaved
+from ..weights import transposed
 from . import native
 from .disk import MANIFEST
 
@@ -32,7 +33,8 @@ def writable(adapter: Adapter, cfg: Config) -> bool:
         return False
     if spec.virtual:                                  # PEFT fills the cache, which holds some families' keys repeated
         return not any(s.repeated and s.d_out != adapter.home.sites[0].d_out for s, _ in adapter.edits.values())
-    return all(s.features is None and not s.span and s.name == s.module for s in _named(adapter))
+    misread = adapter.home.family.peft_means_experts if spec.kind == "LORA" else ()
+    return all(s.features is None and not s.span and s.name == s.module and s.role not in misread for s in _named(adapter))
 
 
 def _named(adapter: Adapter) -> list[Site]:
@@ -57,9 +59,9 @@ def write(adapter: Adapter, cfg: Config, tensors: dict[str, Tensor],
     if "target_modules" in spec.known:
         config["target_modules"] = names(found)
     if "fan_in_fan_out" in spec.known:
-        config["fan_in_fan_out"] = any(isinstance(s.exit, Conv1D) for s in found)
-    written = {f"{PREFIX}{spec.path(s)}.{theirs}": tensors[f"{s.name}.{ours}"]
-               for s in found for ours, theirs in spec.tensors.items() if f"{s.name}.{ours}" in tensors}
+        config["fan_in_fan_out"] = any(transposed(s.exit) for s in found)
+    written = {f"{PREFIX}{spec.path(s)}.{theirs}": t.reshape(spec.shapes.get(ours, t.shape))
+               for s in found for ours, theirs in spec.tensors.items() if (t := tensors.get(f"{s.name}.{ours}")) is not None}
     written |= {theirs: tensors[f"shared.{ours}"] for ours, theirs in spec.shared.items() if f"shared.{ours}" in tensors}
     return config | spec.write(adapter, names), written
 
@@ -163,7 +165,7 @@ def targets_of(adapters: Adapters, cls: type[Config], config: dict[str, Any], te
         raise UserError(f"{file}: tensor {name} is missing; target_modules of {path.name} names its module")
     if extra := sorted(have - modules):
         raise UserError(f"{file}: tensor {PREFIX}{extra[0]}... belongs to a module that target_modules does not name")
-    fans = {isinstance(by_module[m].exit, Conv1D) for m in modules}
+    fans = {transposed(by_module[m].exit) for m in modules}
     if "fan_in_fan_out" in cls.peft.known and bool(config.get("fan_in_fan_out")) != (True in fans):
         raise UserError(f"{path}: fan_in_fan_out: is {config.get('fan_in_fan_out')}, the base's weights say {True in fans}")
     return _shortest(adapters, cls, {by_module[m].name for m in modules})
@@ -201,15 +203,7 @@ def _targeted(adapters: Adapters, config: dict[str, Any], path: Path) -> set[str
 
 
 def _shortest(adapters: Adapters, cls: type[Config], names: set[str]) -> tuple[str, ...] | str:
-    whole = {s.name for s in adapters.sites if s.role in LINEAR_ROLES and s.features is None}
-    if names == whole:
-        return "linear"
-    if {s.name for s in adapters.sites if s.role in (default := getattr(cls(), "targets", ()))} == names:
-        return default
-    roles = tuple(r for r in ROLES if any(s.role == r and s.name in names for s in adapters.sites))
-    if {s.name for s in adapters.sites if s.role in roles} == names:
-        return roles
-    return "^(" + "|".join(re.escape(n) for n in sorted(names)) + ")$"
+    return shortest(adapters.sites, names, getattr(cls(), "targets", ()))
 
 
 def read(adapters: Adapters, name: str, cfg: Config, config: dict[str, Any], tensors: dict[str, Tensor], path: Path,
@@ -226,12 +220,21 @@ def read(adapters: Adapters, name: str, cfg: Config, config: dict[str, Any], ten
             mine = adapter.tensors()
             keys = {f"{s.name}.{ours}": f"{PREFIX}{spec.path(s)}.{theirs}" for s in _named(adapter)
                     for ours, theirs in spec.tensors.items() if f"{s.name}.{ours}" in mine}
+            tensors = tensors | {theirs: _flat(tensors[theirs], mine[key], shape, theirs, file) for key, theirs in keys.items()
+                                 if (shape := spec.shapes.get(key.rpartition(".")[2])) and theirs in tensors}
             keys |= {f"shared.{ours}": theirs for ours, theirs in spec.shared.items() if f"shared.{ours}" in mine}
             native.fill(adapter, keys, tensors, file)
     except BaseException:
         adapters.remove(name)
         raise
     return adapter
+
+
+def _flat(tensor: Tensor, mine: Tensor, shape: tuple[int, ...], name: str, file: Path) -> Tensor:
+    """PEFT's column or row as the vector it is here."""
+    if tensor.shape != (expected := mine.reshape(shape).shape):
+        raise UserError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)}")
+    return tensor.reshape(mine.shape)
 
 
 def _fill_table(adapter: Adapter, config: dict[str, Any], tensors: dict[str, Tensor], path: Path, file: Path) -> None:

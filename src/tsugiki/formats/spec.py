@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 NOTHING = (None, False)
 # Fields that PEFT's configs of tuned modules share, with the values that ask for nothing.
 TUNER: dict[str, tuple] = {"task_type": (None, "CAUSAL_LM")} | dict.fromkeys(
@@ -13,12 +15,18 @@ TUNER: dict[str, tuple] = {"task_type": (None, "CAUSAL_LM")} | dict.fromkeys(
 VIRTUAL: dict[str, tuple] = {"task_type": (None, "CAUSAL_LM"), "num_transformer_submodules": (None, 1), "modules_to_save": (None,)}
 
 
+def only_linear(adapter: Any) -> bool:
+    """PEFT has some methods for nn.Linear, and not for GPT-2's Conv1D."""
+    return all(isinstance(site.exit, nn.Linear) for site in adapter.sites)
+
+
 @dataclass(frozen=True)
 class Peft:
     """How Hugging Face PEFT writes a method. Every field of PEFT's config must be named by one of these, or is refused."""
     kind: str                                         # peft_type
     fields: Mapping[str, str] = field(default_factory=dict)    # our config field -> PEFT's
     tensors: Mapping[str, str] = field(default_factory=dict)   # our parameter or buffer -> PEFT's name after the module's path
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)      # our vector -> how PEFT lays it: (-1, 1), (1, -1)
     virtual: bool = False                             # one "prompt_embeddings" table, the edits' `tokens` side by side
     constants: Mapping[str, Any] = field(default_factory=dict)   # fields that tell this method from others of its kind
     neutral: Mapping[str, tuple] = field(default_factory=dict)   # other fields -> the values that change nothing

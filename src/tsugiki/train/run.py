@@ -36,6 +36,7 @@ from tsugiki.train.layout import choose_layout, largest_tensor
 from tsugiki.train.log import MetricsFile, console
 from tsugiki.train.loop import Job, Progress, fit
 from tsugiki.train.report import write_report
+from tsugiki.weights import few_bits, numel
 
 # Keys that may differ between a run and its resumption: they change what is kept or shown, never the weights; the files'
 # contents are compared, not their names.
@@ -187,7 +188,8 @@ def run(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, *, quiet: bool 
             layer.compile()
     trainable, total = sum(p.numel() for p in params.values()), _count(model, params, full)
     say(f"{type(method).name}: {trainable:,} of {total:,} parameters trained ({trainable / total:.2%}), {job.steps} steps, "
-        f"{'bf16' if autocast else str(model.dtype)[6:]} on {device.type}, layout {job.layout}")
+        f"{'bf16' if autocast else str(model.dtype)[6:]} on {device.type}, "
+        f"{f'base in {b} bits, ' if (b := few_bits(model)) else ''}layout {job.layout}")
     picked = rows.held_out[:3] if any(c.kind != "text" for c in rows.held_out[:3]) else []
     answers = partial(generate_answers, model, renderer, picked, cfg.eval.max_new_tokens, 8, pad_id(tokenizer)) if picked else None
     claim(out, cfg, rows.fingerprint)                 # from here on the folder is this run's
@@ -225,6 +227,9 @@ def _look(model: nn.Module, examples: Sequence[Example], train: TrainConfig, pad
 def _trainable(model: nn.Module, tokenizer, method, cfg: RunConfig):
     """(parameters by name, the adapter or None): full fine-tuning trains the base's own, in float32."""
     if isinstance(method, Full):
+        if bits := few_bits(model):
+            raise UserError(f"method.name: weights in {bits} bits cannot be trained; give another method than full, "
+                            "or a base in 16 bits")
         if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
             model.float()
         return method.select(model), None
@@ -254,7 +259,7 @@ def _route(cfg: RunConfig, adapter):
 
 
 def _count(model: nn.Module, params: dict, full: bool) -> int:
-    seen = {id(p): p.numel() for p in model.parameters()} | {id(p): p.numel() for p in params.values()}
+    seen = {id(p): numel(p) for p in model.parameters()} | {id(p): p.numel() for p in params.values()}
     return sum(seen.values())
 
 
