@@ -18,7 +18,7 @@ from tsugiki.edit import Edit, changes_input, mergeable
 from tsugiki.errors import UserError
 from tsugiki.formats import disk
 from tsugiki.methods import BOFT, IA3, OFT, LNTuning, LoHa, LoKr
-from tsugiki.methods.lycoris import factors
+from tsugiki.methods.lokr import factors
 from tsugiki.methods.oft import cayley, cayley_neumann, divisor
 from tsugiki.sites import FAMILIES, sites
 from tsugiki.weights import dense, normaliser

@@ -46,8 +46,8 @@ def last_names(model, roles):
 
 def patterns(model, value):
     """One module by its whole name, one by the end of its name, as a regex."""
-    downs = [s.name for s in sites(model) if s.role == "down"]
-    return {downs[0]: value, downs[1].partition(".")[2].replace(".", r"\."): value + 2}
+    outs = [s.name for s in sites(model) if s.role == "o"]
+    return {outs[0]: value, outs[1].partition(".")[2].replace(".", r"\."): value + 2}
 
 
 def theirs(model, name):
@@ -77,17 +77,18 @@ def theirs(model, name):
         "beft": lambda: BeftConfig(**random),
         "ln_tuning": lambda: LNTuningConfig(task_type="CAUSAL_LM", target_modules=last_names(model, ("norm",))),
         "lora": lambda: LoraConfig(lora_alpha=8, target_modules=last_names(model, whole), **lora),
-        "rslora": lambda: LoraConfig(lora_alpha=6, use_rslora=True, target_modules=last_names(model, {"q", "qkv", "down"} - {*experts}), **lora),
+        "rslora": lambda: LoraConfig(lora_alpha=6, use_rslora=True, **lora,
+                                     target_modules=last_names(model, {"q", "qkv", "down"} - {*experts})),
         "all-linear": lambda: LoraConfig(target_modules="all-linear", **lora),
         "regex": lambda: LoraConfig(target_modules=r".*\.1\..*(q_proj|c_attn|qkv_proj|query_key_value)", **lora),
         "head": lambda: LoraConfig(target_modules=["lm_head"], **(lora | {"fan_in_fan_out": False})),
-        "ranks": lambda: LoraConfig(target_modules=last_names(model, LINEAR_ROLES), rank_pattern=patterns(model, 6),
+        "ranks": lambda: LoraConfig(target_modules=last_names(model, whole), rank_pattern=patterns(model, 6),
                                     alpha_pattern=patterns(model, 11), **(lora | {"init_lora_weights": "orthogonal"})),
-        "lora-bias": lambda: LoraConfig(lora_bias=True, target_modules=last_names(model, LINEAR_ROLES), **lora),
-        "dora": lambda: LoraConfig(use_dora=True, target_modules=last_names(model, LINEAR_ROLES), **lora),
-        "adalora": lambda: AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=last_names(model, LINEAR_ROLES),
+        "lora-bias": lambda: LoraConfig(lora_bias=True, target_modules=last_names(model, whole), **lora),
+        "dora": lambda: LoraConfig(use_dora=True, target_modules=last_names(model, whole), **lora),
+        "adalora": lambda: AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=last_names(model, whole),
                                          **{k: v for k, v in lora.items() if k != "r"}),
-        "vera": lambda: VeraConfig(r=6, d_initial=0.3, target_modules=last_names(model, LINEAR_ROLES), fan_in_fan_out=fan,
+        "vera": lambda: VeraConfig(r=6, d_initial=0.3, target_modules=last_names(model, whole), fan_in_fan_out=fan,
                                    task_type="CAUSAL_LM"),
         "prompt": lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
         "prefix": lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, token_dim=kv.d_out,

@@ -301,7 +301,8 @@ def select(all_sites: Sequence[Site], targets: tuple[str, ...] | str, allowed: t
     if missing and not (default and len(missing) < len(wanted)):
         stacked = missing[0] in LINEAR_ROLES and any(s.role == "mlp" and not s.span for s in all_sites)
         why = ": its experts' weights are stacked parameters, which no linear holds; method full trains them" if stacked else ""
-        raise UserError(f"{who}: no site has the role {missing[0]!r}{nearest(missing[0], roles.split())}{why} (roles here: {roles})")
+        close = nearest(missing[0], roles.split())
+        raise UserError(f"{who}: no site has the role {missing[0]!r}{close}{why} (roles here: {roles})")
     return [s for s in here if s.role in wanted]
 
 

@@ -209,7 +209,10 @@ def _shortest(adapters: Adapters, cls: type[Config], names: set[str]) -> tuple[s
 def read(adapters: Adapters, name: str, cfg: Config, config: dict[str, Any], tensors: dict[str, Tensor], path: Path,
          file: Path) -> Adapter:
     """Add the adapter and fill it from PEFT's tensors; any difference is an error and adds nothing."""
-    spec, adapter = cfg.peft, adapters.add(name, cfg)
+    try:
+        spec, adapter = cfg.peft, adapters.add(name, cfg)
+    except UserError as e:                            # a name that is taken, or a setting that does not fit this base
+        raise UserError(f"{path}: {e}") from None
     try:
         if spec.virtual:
             _fill_table(adapter, config, tensors, path, file)

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..edit import Config, setting
-from .bottleneck import ACTIVATIONS, Parallel
-from .prompts import Prefix, Tables
+from .bottleneck import ACTIVATIONS
+from .parallel import Parallel
+from .prefix import Prefix
+from .prompts import Tables
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""LoHa and LoKr (LyCORIS, Yeh et al. 2023, arXiv:2309.14859): a change of a weight as a Hadamard or a Kronecker product."""
+"""LoKr (LyCORIS, Yeh et al. 2023, arXiv:2309.14859): a change of a weight as a Kronecker product."""
 from __future__ import annotations
 
 import math
@@ -7,60 +7,13 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..edit import Config, Edit, Start, setting
-from ..formats.spec import NOTHING, TUNER, Peft, only_linear
+from ..formats.spec import Peft, only_linear
 from ..route import Context
 from ..sites import Site
-
-# PEFT's fields of both, and the values of those that ask for nothing.
-NEUTRAL = TUNER | {"rank_dropout": (0.0, 0, None), "module_dropout": (0.0, 0, None), "use_effective_conv2d": (False, True),
-                   "rank_pattern": NOTHING, "alpha_pattern": NOTHING}
-
-
-def _kaiming(tensor: Tensor, generator: torch.Generator) -> None:
-    nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
-
-
-class LoHaEdit(Edit):
-    """y + s (w1_a w1_b * w2_a w2_b) x, s = alpha / rank: of rank up to rank^2 (FedPara, Hyeon-Woo et al. 2021, proposition 1)."""
-
-    def __init__(self, config: LoHa, site: Site, start: Start):
-        super().__init__(config, site, start)
-        for n in "12":
-            a, b = f"w{n}_a", f"w{n}_b"
-            self.register_parameter(a, start.parameter(f"{site.name}.{a}", site.d_out, config.rank, fill=_kaiming))
-            self.register_parameter(b, start.parameter(f"{site.name}.{b}", config.rank, site.d_in,
-                                                       fill=_kaiming if n == "1" else None))
-        self.scale = config.alpha / config.rank
-
-    def change(self, like: Tensor) -> Tensor:
-        """(d_out, d_in)"""
-        a1, b1, a2, b2 = (p.to(like) for p in (self.w1_a, self.w1_b, self.w2_a, self.w2_b))
-        return self.scale * (a1 @ b1) * (a2 @ b2)
-
-    def post(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
-        return y + F.linear(x, self.change(self.w1_a).to(x.dtype)).to(y.dtype)
-
-    def merge(self, w: Tensor, b: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
-        return w + self.change(w), b
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoHa(Config):
-    """LoHa. Trains 2 * rank * (d_in + d_out) numbers a site; w2_b starts at zero, so a new adapter changes nothing."""
-    rank: int = setting(8, "inner width of each of the two factors", low=1)
-    alpha: float = setting(8.0, "strength: the change is scaled by alpha / rank", low=1e-6)
-    targets: tuple[str, ...] | str = setting("linear", "roles, one regex over site names, or \"linear\": every linear")
-
-    name: ClassVar[str] = "loha"
-    edit: ClassVar[type[Edit]] = LoHaEdit
-    lr: ClassVar[float] = 1e-3
-    peft: ClassVar[Peft] = Peft(
-        "LOHA", fields={"rank": "r", "alpha": "alpha"}, known=frozenset({"target_modules"}), fits=only_linear,
-        tensors={f"w{n}_{f}": f"hada_w{n}_{f}" for n in "12" for f in "ab"},
-        neutral=NEUTRAL | {"init_weights": (True, False)})
+from .loha import NEUTRAL, kaiming
 
 
 def factors(d: int, factor: int) -> tuple[int, int]:
@@ -88,7 +41,7 @@ class LoKrEdit(Edit):
     def _factor(self, name: str, d_out: int, d_in: int, rank: int, zero: bool, site: Site, start: Start) -> None:
         """One factor, (d_out, d_in): whole if rank is 0, else a product of two. `zero`: it starts at 0."""
         def new(part: str, *shape: int, zero: bool) -> None:
-            self.register_parameter(part, start.parameter(f"{site.name}.{part}", *shape, fill=None if zero else _kaiming))
+            self.register_parameter(part, start.parameter(f"{site.name}.{part}", *shape, fill=None if zero else kaiming))
         if not rank:
             return new(name, d_out, d_in, zero=zero)
         new(f"{name}_a", d_out, rank, zero=zero)
