@@ -23,13 +23,14 @@ UNITS = {
 GRAPH: dict[str, set[str]] = {
     "errors": set(),
     "memory": set(),
+    "patterns": {"errors"},
     "weights": {"errors"},
     "load": {"errors", "weights"},
-    "sites": {"errors", "weights"},
+    "sites": {"errors", "patterns", "weights"},
     "core": {"errors", "sites", "weights"},
     "formats.spec": set(),                            # what a method declares about its form on disk: data only
     "methods": {"core", "errors", "formats.spec", "sites", "weights"},
-    "formats": {"core", "errors", "load", "methods", "sites", "weights"},
+    "formats": {"core", "errors", "formats.spec", "load", "methods", "patterns", "sites", "weights"},
     "data": {"errors"},
     "plan": {"core", "errors", "load", "methods", "sites"},
     "config": {"data", "errors"},

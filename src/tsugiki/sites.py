@@ -1,13 +1,13 @@
 """Where an adapter can act: the table of model families, and the sites it yields. The only file that knows families."""
 from __future__ import annotations
 
-import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
+from . import patterns
 from .errors import UserError, nearest
 from .weights import dims
 
@@ -249,9 +249,9 @@ def select(all_sites: Sequence[Site], targets: tuple[str, ...] | str, allowed: t
         return [s for s in here if s.role in LINEAR_ROLES and s.features is None]
     if isinstance(targets, str) and targets not in ROLES:
         try:
-            chosen = [s for s in here if re.search(targets, s.name)]
-        except re.error as e:
-            raise UserError(f"{who}: targets {targets!r} is not a regular expression: {e}") from None
+            chosen = [s for s in here if patterns.search(targets, s.name)]
+        except UserError as e:
+            raise UserError(f"{who}: targets {e}") from None
         whole = {s.name for s in chosen if s.features is None}
         chosen = [s for s in chosen if s.features is None or s.module not in whole]
         if not chosen:
