@@ -16,11 +16,10 @@ from tsugiki import formats
 from tsugiki.adapters import attach
 from tsugiki.cli.main import main
 from tsugiki.errors import RunError, UserError
-from tsugiki.formats import forms
 from tsugiki.formats.export import export_model
 from tsugiki.formats.forms import convert as convert_form
 from tsugiki.formats.loralib import convert
-from tsugiki.methods import BitFit, LoRA, Prefix, Prompt
+from tsugiki.methods import LoRA, LoReFT, Prefix, Prompt
 
 F64 = torch.float64
 CLOSE = 1e-5                                          # float32: PEFT orders its sums otherwise
@@ -243,14 +242,14 @@ def test_there_and_back_is_the_same_folder_bit_for_bit(name, tmp_path):
 def test_a_folder_that_does_not_read_back_is_not_kept(tmp_path, monkeypatch):
     adapters = attach(tiny("llama", F64))
     formats.save(adapter := fill(adapters.add("a", LoRA(rank=2))), tmp_path / "a")
-    written = forms.pack_tensors
-    monkeypatch.setattr(forms, "pack_tensors", lambda tensors, path: written({n: t + 1 for n, t in tensors.items()}, path))
+    written = formats.pack_tensors
+    monkeypatch.setattr(formats, "pack_tensors", lambda tensors, path: written({n: t + 1 for n, t in tensors.items()}, path))
     with pytest.raises(RunError, match="does not read back"):
         convert_form(adapter, tmp_path / "a", tmp_path / "o", "native")
     assert not (tmp_path / "o").exists() and adapters.names() == ("a",)
 
 
-@pytest.mark.parametrize("kind, cfg, words", [("llama", BitFit(), "PEFT has no form for bitfit"),
+@pytest.mark.parametrize("kind, cfg, words", [("llama", LoReFT(), "PEFT has no form for reft"),
                                               ("gpt2", LoRA(rank=2, targets=("q", "v")), "PEFT cannot name")])
 def test_what_peft_does_not_have_is_refused_with_the_reason(kind, cfg, words, tmp_path):
     adapters = attach(tiny(kind, F64))

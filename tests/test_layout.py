@@ -24,14 +24,15 @@ UNITS = {
 GRAPH: dict[str, set[str]] = {
     "errors": set(),
     "memory": set(),
+    "patterns": {"errors"},
     "weights": {"errors"},
     "load": {"errors", "weights"},
-    "sites": {"errors", "weights"},
+    "sites": {"errors", "patterns", "weights"},
     "core": {"errors", "sites", "weights"},
     "formats.spec": set(),                            # what a method declares about its form on disk: data only
     "methods": {"core", "errors", "formats.spec", "sites", "weights"},
     "combine": {"core", "errors", "methods", "sites", "weights"},
-    "formats": {"core", "errors", "load", "methods", "sites", "weights"},
+    "formats": {"core", "errors", "formats.spec", "load", "methods", "patterns", "sites", "weights"},
     "data": {"errors"},
     "config": {"data", "errors"},
     "train.loss": {"core", "data"},                           # the trainer's and the evaluator's
