@@ -9,14 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from tsugiki.methods import METHODS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "tsugiki"
 MAX_FILE, MAX_FUNCTION = 400, 60                      # lines
 MAX_DEPENDENCIES = 8
+MAX_MEDIAN_METHOD = 80
 
 # A unit is a module or a whole package; the longest name that fits a module is its unit.
 UNITS = {
     "core": ("route", "edit", "tap", "virtual", "merge", "adapters"),
+    "capabilities": ("capabilities", "bench"),
     "plan": ("plan", "rehearsal", "rates"),
     "top": ("",),                                     # tsugiki/__init__.py, the public names
 }
@@ -39,10 +43,12 @@ GRAPH: dict[str, set[str]] = {
     "evaluate": {"config", "data", "errors", "load", "train.loss"},
     "train": {"config", "core", "data", "errors", "evaluate", "formats", "load", "memory", "methods", "sites", "train.loss",
               "weights"},
+    "capabilities": {"combine", "core", "errors", "formats", "load", "methods", "sites", "weights"},
     "plan": {"config", "core", "data", "errors", "evaluate", "formats", "load", "methods", "train"},
     "api": {"config", "core", "data", "errors", "evaluate", "load", "methods", "train", "weights"},
     "top": {"api", "config", "core", "errors", "load", "methods", "sites"},
-    "cli": {"api", "combine", "config", "core", "data", "errors", "evaluate", "formats", "load", "methods", "plan", "train"},
+    "cli": {"api", "capabilities", "combine", "config", "core", "data", "errors", "evaluate", "formats", "load", "methods", "plan",
+            "train"},
 }
 # Imports against the stream, made inside a function when it is called. Each has its reason.
 UPWARD = {
@@ -163,6 +169,18 @@ def test_files_and_functions_stay_short():
             if lines > MAX_FUNCTION:
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.name} has {lines} lines, at most {MAX_FUNCTION}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_a_method_takes_few_lines():
+    """The median over methods; of a file with several, such as a family of adapters, each has its share."""
+    shares = []
+    for name, (path, tree) in trees().items():
+        if name.startswith("methods."):
+            text = path.read_text(encoding="utf-8")
+            methods = len(re.findall(r'^    name: ClassVar\[str\] = "', text, re.M))
+            assert methods, f"{name}: no method in it"
+            shares += [text.count("\n") / methods] * methods
+    assert len(shares) == len(METHODS) and sorted(shares)[len(shares) // 2] < MAX_MEDIAN_METHOD
 
 
 def test_every_module_says_its_idea_in_its_docstrings_first_line():
