@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from . import patterns
 from .errors import UserError, nearest
 from .weights import dims
 
@@ -287,9 +288,9 @@ def select(all_sites: Sequence[Site], targets: tuple[str, ...] | str, allowed: t
         return [s for s in here if s.role in LINEAR_ROLES and s.features is None]
     if isinstance(targets, str) and targets not in ROLES:
         try:
-            chosen = [s for s in here if re.search(targets, s.name)]
-        except re.error as e:
-            raise UserError(f"{who}: targets {targets!r} is not a regular expression: {e}") from None
+            chosen = [s for s in here if patterns.search(targets, s.name)]
+        except UserError as e:
+            raise UserError(f"{who}: targets {e}") from None
         whole = {s.name for s in chosen if s.features is None}
         chosen = [s for s in chosen if s.features is None or s.module not in whole]
         if not chosen:
