@@ -38,7 +38,7 @@ class Family:
     bias_flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # config field -> roles it gives a bias
     experts: str | None = None                        # path inside one layer to its stacked experts, in layers that have them
     shared: Mapping[str, str] = field(default_factory=dict)  # in such layers, the shared expert's: role -> path
-    peft_means_experts: tuple[str, ...] = ()          # linears whose names PEFT's LoRA takes for those of stacked experts
+    peft_means_experts: tuple[str, ...] = ()          # roles whose linears' names PEFT's LoRA takes for stacked experts
 
 
 def _linears(attention: str, q: str, mlp: str) -> dict[str, str]:
@@ -55,9 +55,8 @@ ATTENTION_BIAS = {"attention_bias": ("q", "k", "v", "o")}
 LLAMA = Family("model.layers", "model.embed_tokens", _linears("self_attn", "q_proj k_proj v_proj o_proj", GATED),
                rotary="model.rotary_emb")
 GEMMA = replace(LLAMA, bias_flags=ATTENTION_BIAS, scaling="self_attn.scaling")
-MIXTRAL = replace(LLAMA, experts="mlp.experts")
-QWEN_MOE = replace(MIXTRAL, peft_means_experts=("gate", "up", "down"))
-NORMED_MOE = replace(QWEN_MOE, bias_flags=ATTENTION_BIAS, scaling="self_attn.scaling", key_out="self_attn.k_norm",
+MIXTRAL = replace(LLAMA, experts="mlp.experts", peft_means_experts=("gate", "up", "down"))
+NORMED_MOE = replace(MIXTRAL, bias_flags=ATTENTION_BIAS, scaling="self_attn.scaling", key_out="self_attn.k_norm",
                      query_out="self_attn.q_norm")
 BLOOM = Family("transformer.h", "transformer.word_embeddings",
                _linears("self_attention", "query_key_value dense", FOUR_H), head_dim="self_attention.head_dim",
@@ -73,7 +72,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": replace(GEMMA, key_out="self_attn.k_norm", query_out="self_attn.q_norm", key_heads_first=True),
     "olmo2": replace(GEMMA, key_out="self_attn.k_norm", query_out="self_attn.q_norm"),
     "mixtral": MIXTRAL,
-    "qwen2_moe": replace(QWEN_MOE, bias_flags={"qkv_bias": ("q", "k", "v")},
+    "qwen2_moe": replace(MIXTRAL, bias_flags={"qkv_bias": ("q", "k", "v")}, peft_means_experts=(),
                          shared={"gate": "mlp.shared_expert.gate_proj", "up": "mlp.shared_expert.up_proj",
                                  "down": "mlp.shared_expert.down_proj", SHARED_GATE: "mlp.shared_expert_gate"}),
     "qwen3_moe": NORMED_MOE,
