@@ -283,6 +283,8 @@ def select(all_sites: Sequence[Site], targets: tuple[str, ...] | str, allowed: t
     """
     here = [s for s in all_sites if s.role in allowed]
     roles = " ".join(r for r in allowed if any(s.role == r for s in here))
+    stacked = any(s.role == "mlp" and not s.span for s in all_sites)
+    hint = "; experts are stacked parameters, which no linear holds: method full trains them" if stacked else ""
     if targets == "linear":
         return [s for s in here if s.role in LINEAR_ROLES and s.features is None]
     if isinstance(targets, str) and targets not in ROLES:
@@ -294,15 +296,13 @@ def select(all_sites: Sequence[Site], targets: tuple[str, ...] | str, allowed: t
         chosen = [s for s in chosen if s.features is None or s.module not in whole]
         if not chosen:
             raise UserError(f"{who}: no site name matches {targets!r}; roles here: {roles}; "
-                            f"a name here: {here[len(here) // 2].name}")
+                            f"a name here: {here[len(here) // 2].name}{hint}")
         return chosen
     wanted = (targets,) if isinstance(targets, str) else targets
     missing = [role for role in wanted if role not in roles.split()]
     if missing and not (default and len(missing) < len(wanted)):
-        stacked = missing[0] in LINEAR_ROLES and any(s.role == "mlp" and not s.span for s in all_sites)
-        why = ": its experts' weights are stacked parameters, which no linear holds; method full trains them" if stacked else ""
-        close = nearest(missing[0], roles.split())
-        raise UserError(f"{who}: no site has the role {missing[0]!r}{close}{why} (roles here: {roles})")
+        close = hint if stacked and missing[0] in LINEAR_ROLES else nearest(missing[0], roles.split())
+        raise UserError(f"{who}: no site has the role {missing[0]!r}{close} (roles here: {roles})")
     return [s for s in here if s.role in wanted]
 
 
