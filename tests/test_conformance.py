@@ -70,7 +70,8 @@ def test_every_gradient_is_that_of_central_differences(kind):
     exact = grown(adapters, x, who)
     for edit in (e for n in who for _, e in adapters.get(n).edits.values()):
         for name in edit.constants:                   # what the method's gradient does not pass, as its paper has it
-            object.__setattr__(edit, name, lambda value=getattr(edit, name)(): value)
+            value = getattr(edit, name)()
+            object.__setattr__(edit, name, lambda value=value: value)
     tensors = {n: list(adapters.get(n).parameters().items()) for n in who}
     generator = torch.Generator().manual_seed(5)
     for j in range(max(map(len, tensors.values()))):                          # the j-th tensor of each
