@@ -32,7 +32,7 @@ lint: $(READY)  ## ruff
 bench: $(READY)  ## how much faster a training step is when freed memory is kept
 	$(BIN)/python benchmarks/malloc.py
 
-docs: $(READY)  ## write docs/configuration.md anew from the code
+docs: $(READY)  ## write docs/configuration.md, docs/methods.md and the README's table of methods anew from the code
 	$(BIN)/python scripts/make_docs.py
 
 clean:          ## remove caches and build products; .venv and runs stay

@@ -1,22 +1,40 @@
-"""Write docs/configuration.md from the code: the run's dataclasses, the methods' configs, and the command line's flags.
+"""Write docs/configuration.md and docs/methods.md, and the README's table of methods, from the code.
 
-    python scripts/make_docs.py            writes the page
-    python scripts/make_docs.py --check    says whether the page is as the code (exit code 1 where it is not)
+The configuration page is the run's dataclasses, the methods' configs and the command line's flags. What the methods can do is
+probed (see src/tsugiki/capabilities.py), which takes about a minute.
+
+    python scripts/make_docs.py            writes them
+    python scripts/make_docs.py --check    says which of them is not as the code (exit code 1 if one is not)
 """
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import re
 import sys
 import types
 import typing
 from pathlib import Path
 
+import transformers
+
+from tsugiki.capabilities import PROPERTIES, Answer, about, capabilities
 from tsugiki.cli.train import KEYS
 from tsugiki.config import DataConfig, EvalConfig, RunConfig, TrainConfig
 from tsugiki.methods import METHODS
 
-PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+ROOT = Path(__file__).parents[1]
+START, END = "<!-- The table is written by `make docs`. -->", "<!-- The end of what `make docs` writes. -->"
+COLUMNS = ("merge", "unmerge", "mixed", "packed", "checkpointing", "compile", "few", "peft")     # of the README's table
+METHODS_HEAD = """# Methods
+
+<!-- Written by `make docs` from the code and from probes; a test keeps it equal. Change the code, not this page. -->
+
+What each method is, its source, its settings, and what it can do. Each yes and no was found by doing it on a tiny Llama, at the
+method's default settings (`tsugiki methods --why` does it again on your machine):
+
+"""
 HEAD = """# Configuration
 
 <!-- Written by `make docs` from the code; a test keeps it equal. Change the code, not this page. -->
@@ -110,14 +128,72 @@ def page() -> str:
     return "\n".join(parts)
 
 
+Found = dict[str, dict[str, Answer]]
+
+
+def linked(text: str) -> str:
+    """With every arXiv number a link."""
+    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
+
+
+def paragraph(text: str | None) -> str:
+    """The first paragraph of a docstring, on one line."""
+    return " ".join(inspect.cleandoc(text or "").partition("\n\n")[0].split())
+
+
+def readme_table(found: Found) -> str:
+    """Every method on a line."""
+    rows = []
+    for name, cls in METHODS.items():
+        title, trains = about(cls)
+        short = re.split(r"; (?![^(]*\))", trains)[0].removeprefix("Trains ")
+        rows.append((title, f"`{name}`", short, *(found[name][k].says for k in COLUMNS)))
+    return table(("method", "`method.name`", "trains", *(PROPERTIES[k].head for k in COLUMNS)), rows)
+
+
+def readme(text: str, found: Found) -> str:
+    """The README with its table between the two marks, and the number of methods in its comparison, as they are now."""
+    before, _, rest = text.partition(START)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise SystemExit(f"README.md: the marks {START} and {END} are not there")
+    return re.sub(r"^\| methods \| \d+ \|", f"| methods | {len(METHODS)} |",
+                  f"{before}{START}\n\n{readme_table(found)}\n\n{END}{after}", flags=re.M)
+
+
+def methods_page(found: Found) -> str:
+    """docs/methods.md."""
+    parts = [METHODS_HEAD + table(("column", "yes means"), [(p.head, p.means) for p in PROPERTIES.values()]) + "\n",
+             table(("method", *(p.head for p in PROPERTIES.values())),
+                   [(f"[`{n}`](#{n})", *(found[n][k].says for k in PROPERTIES)) for n in METHODS]) + "\n"]
+    for name, cls in METHODS.items():
+        source = linked(paragraph(sys.modules[cls.__module__].__doc__))
+        edit = linked(paragraph(cls.edit.__doc__)) if cls.edit is not None else ""
+        settings = fields_table(cls, "method.") if dataclasses.fields(cls) else "No settings."
+        reasons = "\n".join(f"- {PROPERTIES[k].head}: {a.says}: {a.why}" for k, a in found[name].items() if a.says != "yes")
+        rate = f"Learning rate to start from: {cls.lr:g}. In the library: `tsugiki.methods.{cls.__name__}`."
+        parts.append("\n\n".join(filter(None, (f"## {name}", linked(paragraph(cls.__doc__)), f"Source: {source}",
+                                               edit and f"What it computes: {edit}", rate, settings, reasons))) + "\n")
+    return "\n".join(parts)
+
+
+def documents(found: Found) -> dict[Path, str]:
+    """Every file that this script writes, with what it should hold."""
+    path = ROOT / "README.md"
+    return {ROOT / "docs" / "configuration.md": page(), ROOT / "docs" / "methods.md": methods_page(found),
+            path: readme(path.read_text(encoding="utf-8"), found)}
+
+
 def main() -> int:
-    if sys.argv[1:] == ["--check"]:
-        same = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page()
-        print("docs/configuration.md is as the code" if same else "docs/configuration.md is not as the code; run make docs")
-        return 0 if same else 1
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(page(), encoding="utf-8")
-    return 0
+    transformers.logging.disable_progress_bar()
+    wanted = documents(capabilities())
+    old = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for path in old:
+        if sys.argv[1:] == ["--check"]:
+            print(f"{path.relative_to(ROOT)} is not as the code; run make docs")
+        else:
+            path.write_text(wanted[path], encoding="utf-8")
+    return 1 if old and sys.argv[1:] == ["--check"] else 0
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tsugiki.methods import METHODS
 from tsugiki.sites import FAMILIES
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/configuration.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/configuration.md", "docs/methods.md")
 
 
 def text(page: str) -> str:
@@ -35,10 +35,15 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("tsugiki ")]
 
 
-def test_the_configuration_page_is_the_codes():
+@pytest.fixture(scope="module")
+def script():
     spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_the_configuration_page_is_the_codes(script):
     assert text("docs/configuration.md") == script.page(), "run `make docs`"
 
 

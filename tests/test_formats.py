@@ -129,7 +129,10 @@ ON_CONFIG = {
     "a target that is no linear": (lambda d: d["target_modules"].append("embed_tokens"),
                                    "matches model.embed_tokens, which is nothing that lora can sit on"),
     "fewer targets": (lambda d: d["target_modules"].remove("q_proj"), "belongs to a module that target_modules does not name"),
-    "a regex that never ends": (set_("target_modules", "(.+)+_never"), "repeats what repeats"),
+    "a regex that never ends": (set_("target_modules", "(.+)+_never"), "matches no module"),
+    "a regex that takes too long": (set_("target_modules", "(((((.?){30}){30}){30}){30}){30}x"), "repeats what repeats"),
+    "no alpha": (lambda d: d.pop("lora_alpha"), "lora_alpha: is missing"),
+    "a rank as large as the memory": (set_("r", 10 ** 9), "more than the tensors of the file hold"),
     "targets that are no regex": (set_("target_modules", "("), "is not a regular expression"),
 }
 ON_TENSORS = {

@@ -17,7 +17,7 @@ from .errors import UserError, nearest
 from .merge import Merged, MergeReport
 from .route import prompting, using
 from .sites import Family, Site, family_of, select, sites
-from .tap import Unsaved, install
+from .tap import Unsaved, child, install
 from .virtual import enter, enter_part, leave
 from .weights import device_of, keep_exact
 
@@ -150,28 +150,29 @@ class Adapters:
         """The trained tensors of these adapters, or of all."""
         return [p for name in names or self._adapters for p in self.get(name).parameters().values()]
 
-    def add(self, name: str, config: Config, *, seed: int = 0, tokenizer: Any = None) -> Adapter:
+    def add(self, name: str, config: Config, *, seed: int = 0, tokenizer: Any = None, room: int | None = None) -> Adapter:
         """Attach a new adapter; the first one becomes the default. Raises UserError for a bad name, config or target.
 
-        tokenizer: only for methods that start from a text.
+        tokenizer: only for methods that start from a text; room: the most numbers that it may make, all tensors together.
         """
-        self._check_name(name)
+        left = None if room is None else [room]
+        self.check_name(name)
         if not isinstance(config, Config) or not config.parts:
             raise UserError(f"adapter {name!r}: {getattr(config, 'name', config)!r} is not a method that adds an adapter")
         chosen = [(part, sites) for part in config.parts if (sites := self._chosen(part, config))]
         if not chosen:
             raise UserError(f"{config.name}: none of its targets is a site that it edits")
-        self.model.adapter_shared.add_module(key := f"of_{len(self.model.adapter_shared._modules)}_{name}".replace(".", "_"),
-                                             shared := nn.ModuleDict())
+        self.model.adapter_shared.add_module(child(name), shared := nn.ModuleDict())
         try:
             made = {}
             for part, sites in chosen:
-                start = Start(seed, device_of(sites[0].exit), self._dtype(), shared, name, tuple(sites), self.sites, tokenizer)
+                start = Start(seed, device_of(sites[0].exit), self._dtype(), shared, name, tuple(sites), self.sites, tokenizer,
+                              left)
                 for site in sites:
                     place = replace(start, device=device_of(site.exit))
                     made[site.name] = (site, part.edit(part, site, place).train(self.model.training))
         except Exception:
-            delattr(self.model.adapter_shared, key)
+            delattr(self.model.adapter_shared, child(name))
             raise
         edits = {site.name: made[site.name] for site in self.sites if site.name in made}
         for site, edit in edits.values():
@@ -199,7 +200,8 @@ class Adapters:
         """Of a new adapter's tensors."""
         return torch.float64 if next(self.model.parameters()).dtype == torch.float64 else torch.float32
 
-    def _check_name(self, name: str) -> None:
+    def check_name(self, name: str) -> None:
+        """Raises UserError unless a new adapter can be called so."""
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name):
             raise UserError(f"adapter name {name!r}: up to 100 letters, digits, '_', '-' and '.', not starting with '-' or '.'")
         if name in self._adapters:
@@ -212,9 +214,7 @@ class Adapters:
             raise UserError(f"adapter {name!r} is merged; unmerge({name!r}) first")
         for site, _ in adapter.edits.values():
             self._taps[site.name].remove(name)
-        for key, shared in list(self.model.adapter_shared._modules.items()):
-            if shared is adapter.shared:
-                delattr(self.model.adapter_shared, key)
+        delattr(self.model.adapter_shared, child(name))
         self.virtual.pop(name, None)
         self.placed.discard(name)
         del self._adapters[name]

@@ -1,8 +1,10 @@
 """One method at one site: what a method's config and its edit are."""
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+import sys
 import types
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import UserError, shown
 from .route import Context, Rows
 from .sites import LINEAR_ROLES, SHARED_GATE, Site
 from .weights import dense, unmerged
@@ -67,7 +69,7 @@ class Config:
         return self, adapter.tensors()
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = _hints(type(self))
         for f in fields(self):
             object.__setattr__(self, f.name, self._checked(f.name, getattr(self, f.name), hints[f.name], f.metadata))
 
@@ -77,14 +79,20 @@ class Config:
         if value is None:
             return value
         if (low := limits.get("low")) is not None and not value >= low:
-            raise UserError(f"{where} must be at least {low}, got {value}")
+            raise UserError(f"{where} must be at least {low}, got {shown(value)}")
         if (high := limits.get("high")) is not None and not value <= high:
-            raise UserError(f"{where} must be at most {high}, got {value}")
+            raise UserError(f"{where} must be at most {high}, got {shown(value)}")
         if (below := limits.get("below")) is not None and not value < below:
-            raise UserError(f"{where} must be below {below}, got {value}")
+            raise UserError(f"{where} must be below {below}, got {shown(value)}")
         if (choices := limits.get("choices")) is not None and value not in choices:
-            raise UserError(f"{where} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+            raise UserError(f"{where} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
         return value
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """A class's annotations, which Python has to evaluate."""
+    return get_type_hints(cls)
 
 
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "a list of texts",
@@ -96,7 +104,7 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
     options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     for option in options:
         base = get_origin(option) or option
-        if base is float and type(value) in (int, float) and math.isfinite(value):
+        if base is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:     # an int may have no float
             return float(value)
         if base is tuple and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value) and value:
             return tuple(value)
@@ -105,7 +113,7 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
         if base not in (tuple, float, dict) and type(value) is base:
             return value
     wanted = " or ".join(NAMES[get_origin(o) or o] for o in options)
-    raise UserError(f"{where} must be {wanted}, got {value!r}")
+    raise UserError(f"{where} must be {wanted}, got {shown(value)}")
 
 
 class Frozen:
@@ -136,6 +144,7 @@ class Start:
     sites: tuple[Site, ...] = ()                      # every site this config edits
     base: Sequence[Site] = ()                         # every site of the base
     tokenizer: Any = None                             # the base's, if the caller gave one
+    room: list[int] | None = None                     # how many numbers may still be made, where a file set the sizes
 
     def generator(self, key: str) -> torch.Generator:
         """A CPU generator of its own for `key`: the same numbers on every device, whatever was drawn before."""
@@ -148,6 +157,10 @@ class Start:
 
     def tensor(self, key: str, *shape: int, fill: Callable[[Tensor, torch.Generator], Any] | None = None) -> Tensor:
         """The same without training: for a buffer."""
+        if self.room is not None:
+            self.room[0] -= math.prod(shape)
+            if self.room[0] < 0:
+                raise UserError(f"{key} would have the shape {shown(shape)}, more than the tensors of the file hold")
         tensor = torch.zeros(*shape, dtype=torch.float64)
         if fill is not None:
             with torch.no_grad():
@@ -179,6 +192,7 @@ class Edit(nn.Module):
     virtual: ClassVar[str | None] = None              # its virtual tokens' positions: "sequence", "zero", or it has none
     starts_as_identity: ClassVar[bool] = True         # a new one leaves the model as it is
     needs_places: ClassVar[bool] = False              # reads ctx.places
+    constants: ClassVar[tuple[str, ...]] = ()         # its methods whose result the gradient takes as a constant, by definition
     keeps_arguments: ClassVar[bool] = False           # on a block: `arguments` is called with what the layer was called with
 
     def __init__(self, config: Config, site: Site, start: Start):

@@ -94,7 +94,7 @@ def load(base: str = EMBEDDED, *, bits: int | None = None, dtype: str | torch.dt
     """
     path, where = base_path(base), device_of(device)
     chosen = dtype if isinstance(dtype, torch.dtype) else compute_dtype(dtype, where)
-    few = _few_bits_options(bits, chosen, where) if bits else {}
+    few = few_bits_options(bits, chosen, where) if bits else {}
     if chosen == torch.float64:                       # torch's grouped product, which experts are computed with, has none
         few["experts_implementation"] = "eager"
     tokenizer = load_tokenizer(base, trust_remote_code)
@@ -110,7 +110,7 @@ def load(base: str = EMBEDDED, *, bits: int | None = None, dtype: str | torch.dt
     return (model if stored else model.to(where)).eval(), tokenizer
 
 
-def _few_bits_options(bits: int, dtype: torch.dtype, device: torch.device) -> dict:
+def few_bits_options(bits: int, dtype: torch.dtype, device: torch.device) -> dict:
     """from_pretrained's arguments for a base in few bits; UserError where that cannot be."""
     if bits not in (4, 8):
         raise UserError(f"bits: {bits!r} is not one of 4, 8 (leave it out for 16 or 32)")

@@ -36,11 +36,11 @@ def emit(args: argparse.Namespace, values: dict, text: str = "") -> None:
 
 
 def parser() -> Parser:
-    from tsugiki.cli import chat, combine, convert, data, demo, eval, generate, merge, plan, train
+    from tsugiki.cli import chat, combine, convert, data, demo, eval, generate, merge, methods, plan, train
     top = Parser(prog="tsugiki",
                  description="Fine-tune large language models. `tsugiki demo` shows the whole road in a few minutes.")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser, required=True)
-    for module in (demo, train, generate, chat, eval, merge, combine, convert, plan, data):
+    for module in (demo, train, generate, chat, eval, merge, combine, convert, methods, plan, data):
         module.add(commands)
     return top
 

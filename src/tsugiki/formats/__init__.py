@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import UserError, shown
 from .disk import (
     CONFIG,
     MANIFEST,
@@ -29,18 +30,23 @@ if TYPE_CHECKING:
     from ..edit import Config
 
 VERSION = 1
+FORMS = ("peft", "native")
+# What a manifest holds, and of which kinds. Older ones have no base_rest.
+FIELDS: dict[str, tuple[type, ...]] = {"tsugiki": (int,), "method": (str,), "settings": (dict,), "base": (str, type(None)),
+                                       "stop_ids": (list,), "extra": (dict,), "config": (str,), "tensors": (dict,), "self": (str,)}
 
 
 def save(adapter: Adapter, path: str | Path, *, stop_ids: Iterable[int] = (), base: str | None = None,
-         extra: dict[str, Any] | None = None) -> Path:
+         extra: dict[str, Any] | None = None, form: str | None = None) -> Path:
     """Write an adapter's folder, whole or not at all; an adapter folder already there is replaced.
 
-    stop_ids: token ids that end an answer; base: where the base came from; extra: any JSON object to keep with it.
-    Raises UserError for tensors that are not finite, and for a folder that holds other things.
+    stop_ids: token ids that end an answer; base: where the base came from; extra: any JSON object to keep with it; form:
+    "peft" or "native" keys and fields, or None: PEFT's where it has the method and can name its sites.
+    Raises UserError for a form that it does not have, tensors that are not finite, and a folder that holds other things.
     """
     from . import native
     folder = Path(path)
-    cfg, config, tensors = contents(adapter, base)
+    cfg, config, tensors = contents(adapter, base, form)
     data, packed = to_json(config), pack_tensors(tensors, folder / TENSORS)
     print_, rest = adapter.home.fingerprints()
     manifest = {"tsugiki": VERSION, "method": cfg.name, "settings": native.settings(cfg),
@@ -51,12 +57,17 @@ def save(adapter: Adapter, path: str | Path, *, stop_ids: Iterable[int] = (), ba
     return folder
 
 
-def contents(adapter: Adapter, base: str | None = None) -> tuple[Config, dict[str, Any], dict[str, Tensor]]:
+def contents(adapter: Adapter, base: str | None = None,
+             form: str | None = None) -> tuple[Config, dict[str, Any], dict[str, Tensor]]:
     """What `save` writes: the method's config, the same as JSON, the tensors. In PEFT's form where PEFT has it, else in ours."""
     from . import native, peft  # they know adapters; adapters know only this module
     cfg, tensors = adapter.cfg.stored(adapter)
-    if peft.writable(adapter, cfg):
+    if form not in (None, *FORMS):
+        raise UserError(f"form {form!r}: allowed: {', '.join(FORMS)}")
+    if form != "native" and peft.writable(adapter, cfg):
         return cfg, *peft.write(adapter, cfg, tensors, base)
+    if form == "peft":
+        raise UserError(f"adapter {adapter.name!r} cannot be written as peft: {peft.why_not(adapter, cfg)}")
     return cfg, native.write(cfg), tensors
 
 
@@ -65,6 +76,7 @@ def load(adapters: Adapters, name: str, path: str | Path, *, check_base: bool = 
     (check_base=False lifts only that). A PEFT folder without one is read strictly. Raises UserError, and adds nothing.
     """
     from . import native, peft
+    adapters.check_name(name)
     folder = Path(path)
     manifest = read_manifest(folder)
     config_path, file = folder / CONFIG, folder / TENSORS
@@ -78,13 +90,19 @@ def load(adapters: Adapters, name: str, path: str | Path, *, check_base: bool = 
     if "peft_type" not in config:
         if manifest is None:
             raise UserError(f"{folder / MANIFEST}: no such file, and {CONFIG} has no peft_type: not an adapter that can be checked")
-        return native.read(adapters, name, native.read_config(config, config_path), tensors, file)
+        cfg = native.read_config(config, config_path)
+        if manifest is not None and (manifest["method"], manifest["settings"]) != (cfg.name, native.settings(cfg)):
+            raise UserError(f"{folder / MANIFEST}: settings: are not those of {CONFIG}")
+        return native.read(adapters, name, cfg, tensors, config_path, file)
     cls = peft.read_config(config, config_path, manifest and manifest["method"])
     tensors = peft.without_copies(adapters, tensors, file)
     # a manifest knows the settings PEFT has no field for
     values = manifest["settings"] if manifest is not None else \
         peft.values_of(adapters, cls, config, tensors, config_path, file)
-    return peft.read(adapters, name, native.build(cls.name, values, config_path), config, tensors, config_path, file)
+    cfg = native.build(cls.name, values, config_path)
+    if manifest is not None and (wrong := peft.differs(cfg, config)):
+        raise UserError(f"{folder / MANIFEST}: settings: {wrong} is not that of {CONFIG}")
+    return peft.read(adapters, name, cfg, config, tensors, config_path, file)
 
 
 def _same_base(manifest: dict[str, Any], adapters: Adapters, folder: Path) -> bool:
@@ -104,13 +122,18 @@ def read_manifest(path: str | Path) -> dict[str, Any] | None:
     settle(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    if not (folder / MANIFEST).exists():
+    if not os.path.lexists(folder / MANIFEST):            # a link that leads nowhere is a damaged manifest, not none
         return None
     manifest = read_json(folder / MANIFEST)
     if manifest.get("tsugiki") != VERSION:
-        raise UserError(f"{folder / MANIFEST}: tsugiki: version {manifest.get('tsugiki')!r} is not known (known: {VERSION})")
+        raise UserError(f"{folder / MANIFEST}: tsugiki: version {shown(manifest.get('tsugiki'))} is not known (known: {VERSION})")
     if manifest.get("self") != _self_hash(manifest):
         raise UserError(f"{folder / MANIFEST}: self: the manifest was changed after it was written")
+    for key, kinds in FIELDS.items():
+        if type(manifest.get(key, ...)) not in kinds:
+            raise UserError(f"{folder / MANIFEST}: {key}: {'is of another kind' if key in manifest else 'is missing'}")
+    if any(type(n) is not int for n in manifest["stop_ids"]):
+        raise UserError(f"{folder / MANIFEST}: stop_ids: must be whole numbers")
     return manifest
 
 

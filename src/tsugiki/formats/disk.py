@@ -14,10 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, shown
 
 TENSORS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "MANIFEST.json"
 OURS = {TENSORS, CONFIG, MANIFEST, "README.md"}       # what a folder may hold and still be replaced by a save
+MAX_DEPTH, LONGEST_NAME = 64, 300                     # of JSON; of a key or a tensor's name, which messages repeat
 MAX_JSON = 16 << 20                                   # bytes; an adapter's config is a few hundred
 
 
@@ -28,23 +29,31 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_bytes(path: Path, limit: int = MAX_JSON) -> bytes:
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if path.stat().st_size > limit:
-        raise UserError(f"{path}: larger than {limit >> 20} MB")
-    return path.read_bytes()
+        raise UserError(f"{path}: {'is not a file' if os.path.lexists(path) else 'no such file'}")
+    try:
+        if path.stat().st_size > limit:
+            raise UserError(f"{path}: larger than {limit >> 20} MB")
+        return path.read_bytes()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
 
 
 def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        for i, (key, _) in enumerate(pairs):
-            if any(key == other for other, _ in pairs[:i]):
-                raise ValueError(f"the key {key!r} is there twice")
-        return dict(pairs)
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"the key {shown(key)} is there twice")
+            if not key.isprintable() or len(key) > LONGEST_NAME:         # it could not stand in a one-line message
+                raise ValueError(f"the key {shown(key)} is no name")
+            found[key] = value
+        return found
 
     def constant(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=constant)
+        _check_values(value)
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not a JSON file: {str(e).splitlines()[0][:200]}") from None
     if not isinstance(value, dict):
@@ -52,19 +61,34 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     return value
 
 
+def _check_values(value: Any) -> None:
+    """What JSON lets pass and this could not write again."""
+    left = [(value, 0)]
+    while left:
+        value, depth = left.pop()
+        if depth > MAX_DEPTH:
+            raise ValueError("is nested too deeply")
+        if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+            raise ValueError("holds half of a surrogate pair")
+        if isinstance(value, (dict, list)):
+            left += [(v, depth + 1) for v in (value.values() if isinstance(value, dict) else value)]
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file, finite and floating. Raises UserError naming the file and tensor."""
     if not path.is_file():
         pickled = [p.name for p in path.parent.glob("*.bin")] + [p.name for p in path.parent.glob("*.pt")]
         hint = f" ({pickled[0]} is a pickle, which can run code: convert it to safetensors)" if pickled else ""
-        raise UserError(f"{path}: no such file{hint}")
+        raise UserError(f"{path}: {'is not a file' if os.path.lexists(path) else 'no such file'}{hint}")
     try:
         tensors = load_file(path)
-    except (SafetensorError, ValueError, KeyError, AttributeError, RuntimeError, OSError) as e:
-        raise UserError(f"{path}: not a whole safetensors file: {str(e).splitlines()[0][:200]}") from None
+    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, ArithmeticError, OSError) as e:
+        raise UserError(f"{path}: not a whole safetensors file: {(str(e).splitlines() or [type(e).__name__])[0][:200]}") from None
     if not tensors:
         raise UserError(f"{path}: holds no tensor")
     for name, tensor in tensors.items():
+        if not name.isprintable() or not 0 < len(name) <= LONGEST_NAME:
+            raise UserError(f"{path}: tensor {shown(name)}: is no name of a tensor")
         if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise UserError(f"{path}: tensor {name} is {str(tensor.dtype)[6:]}, not a floating-point tensor")
         if not tensor.isfinite().all():

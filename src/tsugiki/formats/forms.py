@@ -1,7 +1,6 @@
 """An adapter's folder in its other form: PEFT's keys and fields, or ours, the same tensors bit for bit."""
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,8 @@ import torch
 
 from ..adapters import Adapter
 from ..errors import RunError, UserError
-from . import VERSION, _self_hash, load, native, peft, read_manifest, save
-from .disk import CONFIG, MANIFEST, TENSORS, pack_tensors, read_json, tensor_hash, to_json, write_folder
-
-FORMS = ("peft", "native")
+from . import FORMS, load, read_manifest, save
+from .disk import CONFIG, read_json
 
 
 def form_of(folder: str | Path) -> str:
@@ -33,41 +30,17 @@ def convert(adapter: Adapter, source: str | Path, out: str | Path, to: str, *, b
         raise UserError(f"{source}: is in the {to} form already")
     manifest = read_manifest(source) or {}
     notes = {"stop_ids": manifest.get("stop_ids", ()), "extra": manifest.get("extra", {})}
-    if to == "peft":
-        if not peft.writable(adapter):
-            raise UserError(f"{source}: cannot be written as peft: {_why_not(adapter)}")
-        save(adapter, out, base=base, **notes)
-    else:
-        _save_native(adapter, out, **notes)
+    save(adapter, out, base=base, form=to, **notes)
     _check(adapter, out)
     return {"out": str(out), "form": to, "method": adapter.cfg.name, "sites": len(adapter.edits),
             "parameters": sum(p.numel() for p in adapter.parameters().values())}
-
-
-def _why_not(adapter: Adapter) -> str:
-    if adapter.cfg.peft is None:
-        return f"PEFT has no form for {adapter.cfg.name}"
-    parts = [s.name for s, _ in adapter.edits.values() if s.features is not None or s.name != s.module]
-    if parts and not adapter.cfg.peft.virtual:
-        return f"PEFT cannot name {parts[0]}, a part of {adapter.edits[parts[0]][0].module}"
-    return f"PEFT's form of {adapter.cfg.name} has no place for what this adapter trains on this base"
-
-
-def _save_native(adapter: Adapter, out: Path, stop_ids: Any, extra: dict[str, Any]) -> None:
-    """What `formats.save` does for the methods PEFT does not have."""
-    config, tensors = native.write(adapter)
-    data, packed = to_json(config), pack_tensors(tensors, out / TENSORS)
-    manifest = {"tsugiki": VERSION, "method": adapter.cfg.name, "settings": native.settings(adapter.cfg),
-                "base": adapter.home.fingerprint(), "stop_ids": sorted(set(map(int, stop_ids))), "extra": extra,
-                "config": hashlib.sha256(data).hexdigest(), "tensors": {n: tensor_hash(t) for n, t in tensors.items()}}
-    write_folder(out, {TENSORS: packed, CONFIG: data, MANIFEST: to_json(manifest | {"self": _self_hash(manifest)})})
 
 
 def _check(adapter: Adapter, out: Path) -> None:
     """The folder reads back as the adapter it was written from; one that does not is not kept."""
     name = next(n for n in ("read-back", "read-back-2") if n not in adapter.home.names())
     try:
-        ours, again = adapter.parameters(), load(adapter.home, name, out).parameters()
+        ours, again = adapter.cfg.stored(adapter)[1], load(adapter.home, name, out).tensors()
         same = ours.keys() == again.keys() and all(torch.equal(p, again[key]) for key, p in ours.items())
         adapter.home.remove(name)
     except UserError as e:

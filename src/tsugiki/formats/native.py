@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..adapters import Adapter, Adapters
 from ..edit import Config
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..methods import make
 
 VERSION = 1
@@ -28,7 +28,7 @@ def write(cfg: Config) -> dict[str, Any]:
 
 def read_config(config: dict[str, Any], path: Path) -> Config:
     if config.get("tsugiki") != VERSION:
-        raise UserError(f"{path}: tsugiki: format {config.get('tsugiki')!r} is not known (known: {VERSION})")
+        raise UserError(f"{path}: tsugiki: format {shown(config.get('tsugiki'))} is not known (known: {VERSION})")
     unknown = sorted(config.keys() - {"tsugiki", "method", "settings"})
     if unknown or not isinstance(config.get("settings"), dict) or not isinstance(config.get("method"), str):
         raise UserError(f"{path}: {unknown[0] if unknown else 'method'}: must hold tsugiki, method and settings, nothing else")
@@ -42,9 +42,18 @@ def build(method: str, values: dict[str, Any], path: Path) -> Config:
         raise UserError(f"{path}: {e}") from None
 
 
-def read(adapters: Adapters, name: str, cfg: Config, tensors: dict[str, Tensor], path: Path) -> Adapter:
+def add(adapters: Adapters, name: str, cfg: Config, tensors: dict[str, Tensor], path: Path) -> Adapter:
+    """Add the adapter that a file's config asks for, unless it would be much larger than the file's tensors."""
+    fixed = max(p.numel() for p in adapters.model.parameters())          # room for what a method keeps and does not store
+    try:
+        return adapters.add(name, cfg, room=2 * sum(t.numel() for t in tensors.values()) + fixed)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
+
+
+def read(adapters: Adapters, name: str, cfg: Config, tensors: dict[str, Tensor], config_path: Path, path: Path) -> Adapter:
     """Add the adapter and fill every tensor; a missing, extra or misshapen tensor is an error and adds nothing."""
-    adapter = adapters.add(name, cfg)
+    adapter = add(adapters, name, cfg, tensors, config_path)
     try:
         fill(adapter, {key: key for key in adapter.tensors()}, tensors, path)
     except BaseException:

@@ -1,7 +1,6 @@
 """Hugging Face PEFT's form on disk, for the methods that declare one: what PEFT writes we read, strictly, and back."""
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,17 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .. import patterns
 from ..adapters import Adapter, Adapters
 from ..edit import Config
-from ..errors import UserError, nearest
+from ..errors import UserError, nearest, shown
 from ..methods import METHODS
 from ..sites import Site, shortest
 from ..tap import Unsaved
 from ..weights import transposed
 from . import native
 from .disk import MANIFEST
+from .spec import NOTHING
 
 PREFIX = "base_model.model."
 TABLE = "prompt_embeddings"
@@ -35,6 +36,22 @@ def writable(adapter: Adapter, cfg: Config) -> bool:
         return not any(s.repeated and s.d_out != adapter.home.sites[0].d_out for s, _ in adapter.edits.values())
     misread = adapter.home.family.peft_means_experts if spec.kind == "LORA" else ()
     return all(s.features is None and not s.span and s.name == s.module and s.role not in misread for s in _named(adapter))
+
+
+def why_not(adapter: Adapter, cfg: Config) -> str:
+    """Why `writable` says no."""
+    if cfg.peft is None:
+        return f"PEFT has no form for {cfg.name}"
+    parts = [s for s, _ in adapter.edits.values() if s.features is not None or s.name != s.module]
+    if parts and not cfg.peft.virtual:
+        return f"PEFT cannot name {parts[0].name}, a part of {parts[0].module}"
+    return f"PEFT's form of {cfg.name} has no place for what this adapter trains on this base"
+
+
+def differs(cfg: Config, config: dict[str, Any]) -> str | None:
+    """A field in which PEFT's config says other than ours, where both say something."""
+    both = [(ours, _plain(getattr(cfg, ours)), config.get(theirs)) for ours, theirs in cfg.peft.fields.items()]
+    return next((ours for ours, mine, there in both if mine and there and mine != there), None)
 
 
 def _named(adapter: Adapter) -> list[Site]:
@@ -87,7 +104,7 @@ def _names(model: nn.Module) -> dict[str, nn.Module]:
 
 def _matches(targets: str | list[str], name: str) -> bool:
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        return patterns.fullmatch(targets, name)
     return any(name == t or name.endswith(f".{t}") for t in targets)
 
 
@@ -106,7 +123,7 @@ def read_config(config: dict[str, Any], path: Path, method: str | None = None) -
     kind = config.get("peft_type")
     kinds = sorted({cls.peft.kind for cls in METHODS.values() if cls.peft is not None})
     if not isinstance(kind, str) or kind not in kinds:
-        raise UserError(f"{path}: peft_type: {kind!r} is not supported{nearest(kind, kinds)} (supported: {' '.join(kinds)})")
+        raise UserError(f"{path}: peft_type: {shown(kind)} is not supported{nearest(kind, kinds)} (supported: {' '.join(kinds)})")
     cls = METHODS.get(method) if method else _method_of(kind, config)
     if cls is None or cls.peft is None or cls.peft.kind != kind:
         raise UserError(f"{path}: peft_type: is {kind}, which the method {method!r} of {MANIFEST} is not written as")
@@ -118,10 +135,16 @@ def read_config(config: dict[str, Any], path: Path, method: str | None = None) -
         if allowed is None:
             if value not in (None, False, "") and value != [] and value != {}:
                 raise UserError(f"{path}: {key}: not a field of {kind} that is known here{nearest(key, spec.neutral)}")
-        elif value not in ([], {}) and not any(value is v or (type(value) is type(v) and value == v) for v in allowed):
+        elif value in ([], {}) and all(v in allowed for v in NOTHING):
+            continue
+        elif not any(value is v or (type(value) is type(v) and value == v) for v in allowed):
             raise UserError(f"{path}: {key}: {str(value)[:60]!r} is not supported (supported: {allowed[0]!r})")
-    if spec.size and spec.size not in config:
-        raise UserError(f"{path}: {spec.size}: is missing")
+    needed = [theirs for ours, theirs in spec.fields.items() if getattr(cls(), ours)]        # PEFT's default may be another
+    needed += [spec.size] * bool(spec.size) + ["task_type"] * spec.virtual           # without a task PEFT puts no tokens in
+    if missing := [key for key in needed if config.get(key) is None]:
+        raise UserError(f"{path}: {missing[0]}: is missing")
+    if type(config.get("fan_in_fan_out", False)) is not bool:
+        raise UserError(f"{path}: fan_in_fan_out: must be true or false, got {shown(config['fan_in_fan_out'])}")
     return cls
 
 
@@ -136,7 +159,7 @@ def values_of(adapters: Adapters, cls: type[Config], config: dict[str, Any], ten
               file: Path) -> dict[str, Any]:
     """Our settings, from PEFT's config."""
     spec = cls.peft
-    values = {ours: config[theirs] for ours, theirs in spec.fields.items() if config.get(theirs) is not None}
+    values = {ours: config[theirs] for ours, theirs in spec.fields.items() if theirs in config}
 
     def targets(wanted: Any) -> tuple[str, ...] | str:
         modules = _targeted(adapters, {"target_modules": wanted}, path)
@@ -164,7 +187,8 @@ def targets_of(adapters: Adapters, cls: type[Config], config: dict[str, Any], te
         name = f"{PREFIX}{missing[0]}.{next(iter(cls.peft.tensors.values()))}"
         raise UserError(f"{file}: tensor {name} is missing; target_modules of {path.name} names its module")
     if extra := sorted(have - modules):
-        raise UserError(f"{file}: tensor {PREFIX}{extra[0]}... belongs to a module that target_modules does not name")
+        name = next(n for n in sorted(tensors) if n.startswith(f"{PREFIX}{extra[0]}."))
+        raise UserError(f"{file}: tensor {name} belongs to a module that target_modules does not name")
     fans = {transposed(by_module[m].exit) for m in modules}
     if "fan_in_fan_out" in cls.peft.known and bool(config.get("fan_in_fan_out")) != (True in fans):
         raise UserError(f"{path}: fan_in_fan_out: is {config.get('fan_in_fan_out')}, the base's weights say {True in fans}")
@@ -190,15 +214,13 @@ def _targeted(adapters: Adapters, config: dict[str, Any], path: Path) -> set[str
         return {n for n, m in names.items() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
     if not targets or not (isinstance(targets, str) or (isinstance(targets, list) and all(isinstance(t, str) for t in targets))):
         raise UserError(f"{path}: target_modules: must be a text or a list of texts, got {str(targets)[:60]!r}")
-    if isinstance(targets, str) and (len(targets) > 2000 or re.search(r"\([^()]*[+*}][^()]*\)[+*{]", targets)):
-        raise UserError(f"{path}: target_modules: {targets[:60]!r} repeats what repeats, which can take forever to match")
     try:
         found = {n for n in names if _matches(targets, n)}
-    except re.error as e:
-        raise UserError(f"{path}: target_modules: {targets[:60]!r} is not a regular expression: {e}") from None
+    except UserError as e:
+        raise UserError(f"{path}: target_modules: {e}") from None
     lonely = [t for t in targets if not any(_matches([t], n) for n in names)] if isinstance(targets, list) else []
     if lonely or not found:
-        raise UserError(f"{path}: target_modules: {(lonely or [targets])[0]!r} matches no module of this model")
+        raise UserError(f"{path}: target_modules: {shown((lonely or [targets])[0])} matches no module of this model")
     return found
 
 
@@ -209,7 +231,7 @@ def _shortest(adapters: Adapters, cls: type[Config], names: set[str]) -> tuple[s
 def read(adapters: Adapters, name: str, cfg: Config, config: dict[str, Any], tensors: dict[str, Tensor], path: Path,
          file: Path) -> Adapter:
     """Add the adapter and fill it from PEFT's tensors; any difference is an error and adds nothing."""
-    spec, adapter = cfg.peft, adapters.add(name, cfg)
+    spec, adapter = cfg.peft, native.add(adapters, name, cfg, tensors, path)
     try:
         if spec.virtual:
             _fill_table(adapter, config, tensors, path, file)
@@ -246,6 +268,6 @@ def _fill_table(adapter: Adapter, config: dict[str, Any], tensors: dict[str, Ten
         raise UserError(f"{file}: tensor {TABLE} has shape {tuple(tensors[TABLE].shape)}, expected {expected}")
     for key, value in _shape_of(adapter, list(adapter.sites)).items():
         if config.get(key) not in (None, value):
-            raise UserError(f"{path}: {key}: is {config[key]!r}, this base needs {value}")
+            raise UserError(f"{path}: {key}: is {shown(config[key])}, this base needs {value}")
     for param, part in zip(adapter.parameters().values(), tensors[TABLE].split(widths, 1), strict=True):
         native.assign(param, part)

@@ -10,9 +10,9 @@ from torch import nn
 NOTHING = (None, False)
 # Fields that PEFT's configs of tuned modules share, with the values that ask for nothing.
 TUNER: dict[str, tuple] = {"task_type": (None, "CAUSAL_LM")} | dict.fromkeys(
-    ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "trainable_token_indices"), NOTHING)
+    ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "trainable_token_indices"), (None, []))
 # The same of its virtual tokens.
-VIRTUAL: dict[str, tuple] = {"task_type": (None, "CAUSAL_LM"), "num_transformer_submodules": (None, 1), "modules_to_save": (None,)}
+VIRTUAL: dict[str, tuple] = {"task_type": ("CAUSAL_LM",), "num_transformer_submodules": (None, 1), "modules_to_save": (None,)}
 
 
 def only_linear(adapter: Any) -> bool:

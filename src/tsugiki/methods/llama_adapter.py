@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..edit import Config, Edit, Start, setting
+from ..errors import UserError, shown
 from ..formats.spec import TUNER, Peft
 from ..route import Context, Rows
 from ..sites import Site, rotate
@@ -107,6 +108,12 @@ class AttendEdit(Edit):
         return x + ((gate * weights) @ value).transpose(1, 2).reshape(x.shape)
 
 
+def _read(config: dict[str, Any]) -> dict[str, Any]:
+    if type(config.get("adapter_layers")) is not int:
+        raise ValueError("adapter_layers: must be a whole number")
+    return {"gate": "layer", "last": config["adapter_layers"]}
+
+
 @dataclass(frozen=True, kw_only=True)
 class LlamaAdapter(Config):
     """LLaMA-Adapter. Trains tokens * width numbers and the gates in each layer; a new one changes nothing."""
@@ -129,7 +136,7 @@ class LlamaAdapter(Config):
         tensors={"prompt": "adaption_prompt", "gate": "adaption_gate"}, known=frozenset({"adapter_layers"}),
         neutral=TUNER | {"target_modules": (None, "self_attn")},
         write=lambda adapter, names: {"adapter_layers": len(adapter.parameters()) // 2, "target_modules": "self_attn"},
-        read=lambda config, targets: {"gate": "layer", "last": config["adapter_layers"]},
+        read=lambda config, targets: _read(config),
         fits=lambda adapter: adapter.cfg.gate == "layer" and adapter.home.family.peft_has_its_attention)
 
 
@@ -142,6 +149,8 @@ class _Positions(LlamaAdapter):
 
     def pick(self, sites: Sequence[Site]) -> Sequence[Site]:
         count = 1 + max(s.layer for s in sites)
+        if self.last is not None and self.last > count:
+            raise UserError(f"{self.name}: last is {shown(self.last)}, the model has {count} layers")
         return [s for s in sites if self.last is None or s.layer >= count - self.last]
 
 
