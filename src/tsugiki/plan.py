@@ -196,7 +196,7 @@ def _count(case: _Case, read: PretrainedConfig, fake: bool = True) -> _Count:
         ledger.begin()
         steps.step(Bar("rehearsal", 1, quiet=True))
         early, late, work, calls = ledger.early, ledger.late, ledger.work, ledger.calls
-        saved = _model_bytes(model, case.stored) if case.full else file_bytes(formats.contents(adapter)[2].items(), NOTE)
+        saved = _model_bytes(model, case.stored) if case.full else _adapter_bytes(adapter)
         moments = [(f"{n}:{k}", v) for n, p in params.items() for k, v in steps.optimizer.state[p].items()]
         checkpoint, sizes = file_bytes(job.tensors.items()) + file_bytes(moments), _sizes(model, adapter, params)
     took = seconds(work, calls, case.device, case.dtype) if case.timed else None
@@ -227,6 +227,14 @@ def file_bytes(tensors: Iterable[tuple[str, Tensor]], metadata: dict[str, str] |
         header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-text // 8) * 8 + end
+
+
+def _adapter_bytes(adapter: Adapter) -> int:
+    """Size of an adapter's file; the most it can be where what is written depends on numbers (AdaLoRA's kept directions)."""
+    try:
+        return file_bytes(formats.contents(adapter)[2].items(), NOTE)
+    except RuntimeError:
+        return file_bytes(adapter.tensors().items(), NOTE)
 
 
 def _model_bytes(model: nn.Module, stored: torch.dtype) -> int:
