@@ -230,9 +230,9 @@ def methods_page(found: Found) -> str:
         edit = linked(paragraph(cls.edit.__doc__)) if cls.edit is not None else ""
         settings = fields_table(cls, "method.") if dataclasses.fields(cls) else "No settings."
         reasons = "\n".join(f"- {PROPERTIES[k].head}: {a.says}: {a.why}" for k, a in found[name].items() if a.says != "yes")
-        parts.append("\n\n".join(filter(None, (
-            f"## {name}", linked(paragraph(cls.__doc__)), f"Source: {source}", f"What it computes: {edit}" * bool(edit),
-            f"Learning rate to start from: {cls.lr:g}. In the library: `tsugiki.methods.{cls.__name__}`.", settings, reasons))) + "\n")
+        rate = f"Learning rate to start from: {cls.lr:g}. In the library: `tsugiki.methods.{cls.__name__}`."
+        parts.append("\n\n".join(filter(None, (f"## {name}", linked(paragraph(cls.__doc__)), f"Source: {source}",
+                                               edit and f"What it computes: {edit}", rate, settings, reasons))) + "\n")
     return "\n".join(parts)
 
 

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import EXACT, difference, fill, ids, tiny
 from tokenizers_tiny import data_dir
-from transformers import RobertaConfig, RobertaForSequenceClassification
+from transformers import AutoModelForCausalLM, RobertaConfig, RobertaForSequenceClassification
 
 from tsugiki import formats
 from tsugiki.adapters import attach
@@ -19,7 +19,7 @@ from tsugiki.errors import RunError, UserError
 from tsugiki.formats.export import export_model
 from tsugiki.formats.forms import convert as convert_form
 from tsugiki.formats.loralib import convert
-from tsugiki.methods import LoRA, LoReFT, Prefix, Prompt
+from tsugiki.methods import OFT, LoRA, LoReFT, Prefix, Prompt
 
 F64 = torch.float64
 CLOSE = 1e-5                                          # float32: PEFT orders its sums otherwise
@@ -300,3 +300,22 @@ def test_a_file_without_from_and_a_folder_with_it_say_so(saved, tmp_path, call):
     assert "give an adapter folder" in call("--adapter", file, "--to", "native", "--out", tmp_path / "o")[2]
     assert "is a folder" in call("--adapter", saved, "--from", "loralib", "--alpha", 1, "--out", tmp_path / "o")[2]
     assert "no adapter_config.json" in call("--adapter", tmp_path, "--to", "native", "--out", tmp_path / "o")[2]
+
+
+@pytest.mark.parametrize("rank", [None, 1])
+def test_a_method_becomes_a_lora_of_a_rank_and_what_is_lost_is_printed(rank, base, tmp_path, call):
+    adapters = attach(AutoModelForCausalLM.from_pretrained(base))
+    fill(adapters.add("a", OFT(targets=("q", "down"))), scale=0.3)
+    adapters.save("a", tmp_path / "a", stop_ids=[2], extra={"kind": "chat"})
+    flags = ["--rank", rank] if rank else []
+    flags += ["--base", base, "--adapter", tmp_path / "a", "--out", tmp_path / "b"]
+    code, out, err = call("--method", "lora", *flags, "--json")
+    report = json.loads(out)
+    assert code == 0 and report["from"] == "oft" and len(report["sites"]) == 4, err
+    assert report["error"] > 0.1 if rank else report["error"] < 1e-6
+    again = adapters.load("b", tmp_path / "b")
+    assert again.cfg.name == "lora" and again.cfg.rank == report["rank"]
+    assert formats.read_manifest(tmp_path / "b")["stop_ids"] == [2]
+    with torch.no_grad():
+        a, b, plain = (adapters.model(ids(2), adapter_ids=who).logits for who in ("a", "b", ()))
+    assert difference(a, plain) > 1e-2 and (difference(a, b) > 1e-3 if rank else difference(a, b) < 1e-4)

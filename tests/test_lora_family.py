@@ -45,7 +45,8 @@ def test_ranks_and_alphas_are_those_of_the_first_pattern_that_matches(tmp_path):
 @pytest.mark.parametrize("values, says", [
     (dict(ranks={"q_proj": 0}), "ranks: q_proj must be at least 1"), (dict(alphas={"q_proj": -1}), "alphas: q_proj must be at"),
     (dict(ranks={"q_prj": 2}), "ranks: 'q_prj' matches no targeted site"), (dict(ranks={"(": 2}), "not a regular expression"),
-    (dict(ranks={"(.+)+x": 2}), "repeats what repeats"), (dict(start="orthogonal", rank=3), "needs even ranks"),
+    (dict(ranks={"(.+)+x": 2}), "matches no targeted site"), (dict(ranks={"((((a{9}){9}){9}){9}){9}": 2}), "repeats what repeats"),
+    (dict(start="orthogonal", rank=3), "needs even ranks"),
     (dict(start="orthogonal", ranks={"q_proj": 3}), "needs even ranks"), (dict(start="zero"), "start must be one of")])
 def test_a_bad_pattern_or_start_is_one_line(values, says):
     with pytest.raises(UserError, match=re.escape(says)) as e:

@@ -55,6 +55,12 @@ def case(cfg: Config, **more) -> _Case:
                     "device": torch.device("cpu"), "stored": torch.float32} | more)
 
 
+def near(cfg: Config, rehearsed: bool) -> float:
+    """How near a count must be: exact, but for a method that reads the data before it starts and was not rehearsed; its
+    shapes may follow what it reads."""
+    return 0.0 if rehearsed or type(cfg).prepare is Config.prepare else CLOSE
+
+
 def test_the_classic_example():
     assert lora_parameters(300, 300, 2) == 1200 and 300 * 300 == 90_000
     assert lora_parameters(100, 300, 2) == lora_parameters(300, 100, 2) == 800
@@ -87,15 +93,22 @@ def test_a_runs_parameters_and_files_are_as_planned_to_the_byte(name, tmp_path):
     model.config.save_pretrained(tmp_path / "base")
     want = small(str(tmp_path / "base"), CASES[name])
     result = go(config(tmp_path / "run", name, steps=1), model)
-    assert (result.trainable, result.total) == (want.trainable, want.total)
-    assert sum(f.stat().st_size for f in result.saved.glob("*.safetensors")) == want.saved
-    assert sum(f.stat().st_size for f in (tmp_path / "run" / "checkpoints").glob("*/*.safetensors")) == want.checkpoint
+    saved = sum(f.stat().st_size for f in result.saved.glob("*.safetensors"))
+    checkpoint = sum(f.stat().st_size for f in (tmp_path / "run" / "checkpoints").glob("*/*.safetensors"))
+    assert (result.trainable, result.total, saved, checkpoint) == pytest.approx(
+        (want.trainable, want.total, want.saved, want.checkpoint), rel=near(CASES[name], want.rehearsed), abs=0)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", CASES)
 def test_a_rehearsal_counts_what_the_real_step_holds_and_does(kind, name, folders):
-    shapes, real = (_count(case(CASES[name]), base_config(folders[kind]), fake=fake) for fake in (True, False))
+    read, real = base_config(folders[kind]), _count(case(CASES[name]), base_config(folders[kind]), fake=False)
+    try:
+        shapes = _count(case(CASES[name]), read)
+    except RuntimeError:                              # it reads numbers: then the plan is that of the real step, and says so
+        found = small(folders[kind], CASES[name])
+        assert not found.rehearsed and found.trainable == pytest.approx(real.trainable, rel=near(CASES[name], False), abs=0)
+        return
     for field in dataclasses.fields(shapes):
         a, b = getattr(shapes, field.name), getattr(real, field.name)
         assert a == b or field.name in ("weights", "early", "late") and a == pytest.approx(b, rel=5e-3), field.name
@@ -109,9 +122,10 @@ def test_a_few_layers_tell_of_many(name, folders, tmp_path, monkeypatch):
     short = small(str(tmp_path), CASES[name])
     monkeypatch.setattr("tsugiki.plan.WHOLE", 99)
     whole = small(str(tmp_path), CASES[name])
-    assert (short.trainable, short.total) == (whole.trainable, whole.total)
+    close = near(CASES[name], short.rehearsed)
+    assert (short.trainable, short.total) == pytest.approx((whole.trainable, whole.total), rel=close, abs=0)
     for key in ("memory", "weights", "flops", "saved", "checkpoint"):
-        assert getattr(short, key) == pytest.approx(getattr(whole, key), rel=0.02), key
+        assert getattr(short, key) == pytest.approx(getattr(whole, key), rel=max(0.02, close)), key
 
 
 @pytest.mark.parametrize("cfg", [Full(last=3), LoRA(targets=r"layers\.(5|6)\..*q_proj"), LoRA(targets=r"layers\.1\..*q_proj")])

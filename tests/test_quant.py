@@ -28,7 +28,7 @@ pytest.importorskip("bitsandbytes")
 CLOSE = 2e-5
 WIDTHS = (4, 8)
 KINDS = ("llama", "gpt2")
-MERGEABLE = [n for n, c in METHOD_CASES.items() if c.edit.merge is not Edit.merge]
+MERGEABLE = [n for n, c in METHOD_CASES.items() if all(part.edit.merge is not Edit.merge for part in c.parts)]
 widths, kinds = pytest.mark.parametrize("bits", WIDTHS), pytest.mark.parametrize("kind", KINDS)
 names = pytest.mark.parametrize("name", METHOD_CASES)
 

@@ -17,7 +17,7 @@ from .errors import UserError, nearest
 from .merge import Merged, MergeReport
 from .route import prompting, using
 from .sites import Family, Site, family_of, select, sites
-from .tap import Unsaved, install
+from .tap import Unsaved, child, install
 from .virtual import enter, enter_part, leave
 from .weights import device_of, keep_exact
 
@@ -162,8 +162,7 @@ class Adapters:
         chosen = [(part, sites) for part in config.parts if (sites := self._chosen(part, config))]
         if not chosen:
             raise UserError(f"{config.name}: none of its targets is a site that it edits")
-        self.model.adapter_shared.add_module(key := f"of_{len(self.model.adapter_shared._modules)}_{name}".replace(".", "_"),
-                                             shared := nn.ModuleDict())
+        self.model.adapter_shared.add_module(child(name), shared := nn.ModuleDict())
         try:
             made = {}
             for part, sites in chosen:
@@ -173,7 +172,7 @@ class Adapters:
                     place = replace(start, device=device_of(site.exit))
                     made[site.name] = (site, part.edit(part, site, place).train(self.model.training))
         except Exception:
-            delattr(self.model.adapter_shared, key)
+            delattr(self.model.adapter_shared, child(name))
             raise
         edits = {site.name: made[site.name] for site in self.sites if site.name in made}
         for site, edit in edits.values():
@@ -215,9 +214,7 @@ class Adapters:
             raise UserError(f"adapter {name!r} is merged; unmerge({name!r}) first")
         for site, _ in adapter.edits.values():
             self._taps[site.name].remove(name)
-        for key, shared in list(self.model.adapter_shared._modules.items()):
-            if shared is adapter.shared:
-                delattr(self.model.adapter_shared, key)
+        delattr(self.model.adapter_shared, child(name))
         self.virtual.pop(name, None)
         self.placed.discard(name)
         del self._adapters[name]

@@ -53,7 +53,7 @@ def combine(home: Adapters, new: str, names: Mapping[str, float] | Sequence[str]
     """
     weights = _weights(names)
     check(how, rank, density)
-    home._check_name(new)
+    home.check_name(new)
     sources = [home.get(name) for name in weights]
     made: dict[str, Factors] = {}
     offsets: dict[str, Tensor] = {}                   # the changes of biases, where there are any

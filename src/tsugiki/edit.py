@@ -192,6 +192,7 @@ class Edit(nn.Module):
     virtual: ClassVar[str | None] = None              # its virtual tokens' positions: "sequence", "zero", or it has none
     starts_as_identity: ClassVar[bool] = True         # a new one leaves the model as it is
     needs_places: ClassVar[bool] = False              # reads ctx.places
+    constants: ClassVar[tuple[str, ...]] = ()         # its methods whose result the gradient takes as a constant, by definition
     keeps_arguments: ClassVar[bool] = False           # on a block: `arguments` is called with what the layer was called with
 
     def __init__(self, config: Config, site: Site, start: Start):

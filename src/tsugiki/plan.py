@@ -94,7 +94,8 @@ def plan(base: str, config: Config, *, tokens: int = 4096, length: int | None = 
 
     tokens: of one forward (train.max_tokens), in rows of `length` (default: 512, or what the base takes at most).
     trained: share of them that are targets, at the end of each row. timed: also measure this machine and estimate time.
-    A method that cannot be rehearsed is run for real on copies of 2 and 4 layers. Raises UserError as the run would.
+    What cannot be rehearsed is run for real, on copies of 2 and 4 layers where the base has more, with drawn weights: a method
+    whose shapes follow the data (EVA's ranks) may end with others. Raises UserError as the run would.
     """
     for flag, value, good in (("tokens", tokens, tokens >= 2), ("length", length, length is None or length >= 2),
                               ("trained", trained, 0 < trained <= 1)):
@@ -107,7 +108,7 @@ def plan(base: str, config: Config, *, tokens: int = 4096, length: int | None = 
     try:
         found, rehearsed = _extended(case, read) or _count(case, read), True
     except RuntimeError:                              # torch's ways to say that a computation depends on numbers
-        found, rehearsed = _line(read, *(_count(case, _shortened(read, n), fake=False) for n in SHORT)), False
+        found, rehearsed = _run_for_real(case, read), False
     weights, optimizer = found.weights, found.optimizer
     return Plan(config.name, found.total, found.trainable, weights, optimizer, max(found.early, found.late) - weights - optimizer,
                 found.saved, found.checkpoint, found.tokens, found.flops, found.seconds, rehearsed)
@@ -239,7 +240,7 @@ def _shortened(read: PretrainedConfig, layers: int) -> PretrainedConfig:
     """The same base with fewer layers."""
     read = type(read).from_dict(read.to_dict())
     if isinstance(kinds := getattr(read, "layer_types", None), list):
-        read.layer_types = kinds[:layers]
+        read.layer_types = kinds[:layers]             # never more layers than there are
     read.num_hidden_layers = layers
     return read
 
@@ -256,6 +257,13 @@ def _extended(case: _Case, read: PretrainedConfig) -> _Count | None:
     with Ledger():
         whole = _sizes(*_set_up(case, read))
     return found if whole == (found.total, found.trainable) else None
+
+
+def _run_for_real(case: _Case, read: PretrainedConfig) -> _Count:
+    """The same count from a step with numbers, of the model itself if it has few layers, else of two copies of few."""
+    if read.num_hidden_layers <= SHORT[1]:
+        return _count(case, read, fake=False)
+    return _line(read, *(_count(case, _shortened(read, n), fake=False) for n in SHORT))
 
 
 def _line(read: PretrainedConfig, few: _Count, more: _Count) -> _Count:

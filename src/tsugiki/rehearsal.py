@@ -6,6 +6,7 @@ positions, targets) stay real, so that code which reads them goes the way it goe
 """
 from __future__ import annotations
 
+import logging
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,7 @@ class Ledger(TorchDispatchMode):
     def __init__(self, fake: bool = True):
         super().__init__()
         self.shapes = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+        logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)   # it logs each refusal it raises
         self.live = 0
         self.living: dict[int, weakref.ref] = {}
         self.begin()

@@ -135,19 +135,21 @@ def places(real: Tensor, starts: Tensor, prompt: Tensor) -> Tensor:
     -1 where there is no such place: padding, and in [1] what comes after the prompt. real, starts, prompt: (B, T) bool:
     tokens that are no padding, first tokens of a document, tokens of a prompt.
     """
-    here = starts.cumsum(1)                                                   # (B, T) number of the document
-    same = (here[:, :, None] == here[:, None, :]) & real[:, None, :]          # (B, T, T) pairs of one document
-    earlier = torch.ones_like(same[0]).tril(-1)
-    before = (same & earlier).sum(-1)
-    prompt = prompt & real
-    after = (same & earlier.T & prompt[:, None, :]).sum(-1)
+    prompt, ends = prompt & real, F.pad(starts[:, 1:], (0, 1))
+    before = _count(real, starts) - 1
+    after = _count(prompt.flip(1), ends.flip(1)).flip(1) - 1
     return torch.stack([before.masked_fill(~real, -1), after.masked_fill(~prompt, -1)])
 
 
 def before_first(trained: Tensor, starts: Tensor) -> Tensor:
     """(B, T) bool: the tokens of each document that stand before its first trained one: its prompt."""
-    count = trained.cumsum(1)                                                 # never falls: cummax holds its value at the start
-    return count == ((count - trained.long()) * starts).cummax(1).values
+    return _count(trained, starts) == 0
+
+
+def _count(flags: Tensor, starts: Tensor) -> Tensor:
+    """(B, T) int64: how many of a document's flags are set up to each token, this one included; `starts` begin documents."""
+    count = flags.cumsum(1)                                                   # never falls: cummax holds it at a document's start
+    return count - ((count - flags.long()) * starts).cummax(1).values
 
 
 def pinned(checkpoint: Callable) -> Callable:

@@ -38,7 +38,7 @@ class Family:
     bias_flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # config field -> roles it gives a bias
     experts: str | None = None                        # path inside one layer to its stacked experts, in layers that have them
     shared: Mapping[str, str] = field(default_factory=dict)  # in such layers, the shared expert's: role -> path
-    peft_means_experts: tuple[str, ...] = ()          # linears whose names PEFT's LoRA takes for those of stacked experts
+    peft_means_experts: tuple[str, ...] = ()          # roles whose linears' names PEFT's LoRA takes for stacked experts
 
 
 def _linears(attention: str, q: str, mlp: str) -> dict[str, str]:
@@ -55,9 +55,8 @@ ATTENTION_BIAS = {"attention_bias": ("q", "k", "v", "o")}
 LLAMA = Family("model.layers", "model.embed_tokens", _linears("self_attn", "q_proj k_proj v_proj o_proj", GATED),
                rotary="model.rotary_emb")
 GEMMA = replace(LLAMA, bias_flags=ATTENTION_BIAS, scaling="self_attn.scaling")
-MIXTRAL = replace(LLAMA, experts="mlp.experts")
-QWEN_MOE = replace(MIXTRAL, peft_means_experts=("gate", "up", "down"))
-NORMED_MOE = replace(QWEN_MOE, bias_flags=ATTENTION_BIAS, scaling="self_attn.scaling", key_out="self_attn.k_norm",
+MIXTRAL = replace(LLAMA, experts="mlp.experts", peft_means_experts=("gate", "up", "down"))
+NORMED_MOE = replace(MIXTRAL, bias_flags=ATTENTION_BIAS, scaling="self_attn.scaling", key_out="self_attn.k_norm",
                      query_out="self_attn.q_norm")
 BLOOM = Family("transformer.h", "transformer.word_embeddings",
                _linears("self_attention", "query_key_value dense", FOUR_H), head_dim="self_attention.head_dim",
@@ -73,7 +72,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": replace(GEMMA, key_out="self_attn.k_norm", query_out="self_attn.q_norm", key_heads_first=True),
     "olmo2": replace(GEMMA, key_out="self_attn.k_norm", query_out="self_attn.q_norm"),
     "mixtral": MIXTRAL,
-    "qwen2_moe": replace(QWEN_MOE, bias_flags={"qkv_bias": ("q", "k", "v")},
+    "qwen2_moe": replace(MIXTRAL, bias_flags={"qkv_bias": ("q", "k", "v")}, peft_means_experts=(),
                          shared={"gate": "mlp.shared_expert.gate_proj", "up": "mlp.shared_expert.up_proj",
                                  "down": "mlp.shared_expert.down_proj", SHARED_GATE: "mlp.shared_expert_gate"}),
     "qwen3_moe": NORMED_MOE,
@@ -284,6 +283,8 @@ def select(all_sites: Sequence[Site], targets: tuple[str, ...] | str, allowed: t
     """
     here = [s for s in all_sites if s.role in allowed]
     roles = " ".join(r for r in allowed if any(s.role == r for s in here))
+    stacked = any(s.role == "mlp" and not s.span for s in all_sites)
+    hint = "; experts are stacked parameters, which no linear holds: method full trains them" if stacked else ""
     if targets == "linear":
         return [s for s in here if s.role in LINEAR_ROLES and s.features is None]
     if isinstance(targets, str) and targets not in ROLES:
@@ -295,15 +296,13 @@ def select(all_sites: Sequence[Site], targets: tuple[str, ...] | str, allowed: t
         chosen = [s for s in chosen if s.features is None or s.module not in whole]
         if not chosen:
             raise UserError(f"{who}: no site name matches {targets!r}; roles here: {roles}; "
-                            f"a name here: {here[len(here) // 2].name}")
+                            f"a name here: {here[len(here) // 2].name}{hint}")
         return chosen
     wanted = (targets,) if isinstance(targets, str) else targets
     missing = [role for role in wanted if role not in roles.split()]
     if missing and not (default and len(missing) < len(wanted)):
-        stacked = missing[0] in LINEAR_ROLES and any(s.role == "mlp" and not s.span for s in all_sites)
-        why = ": its experts' weights are stacked parameters, which no linear holds; method full trains them" if stacked else ""
-        close = nearest(missing[0], roles.split())
-        raise UserError(f"{who}: no site has the role {missing[0]!r}{close}{why} (roles here: {roles})")
+        close = hint if stacked and missing[0] in LINEAR_ROLES else nearest(missing[0], roles.split())
+        raise UserError(f"{who}: no site has the role {missing[0]!r}{close} (roles here: {roles})")
     return [s for s in here if s.role in wanted]
 
 

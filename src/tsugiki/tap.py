@@ -62,7 +62,7 @@ class Tap(Unsaved):
         self.register_buffer("features", columns, persistent=False)
 
     def add(self, adapter: str, edit: Edit) -> None:
-        self.add_module(_child(adapter), edit)
+        self.add_module(child(adapter), edit)
         if type(edit).pre is not Edit.pre:
             self.pres[adapter] = edit
         if type(edit).post is not Edit.post:
@@ -71,7 +71,7 @@ class Tap(Unsaved):
             self.keeps[adapter] = edit
 
     def remove(self, adapter: str) -> None:
-        delattr(self, _child(adapter))
+        delattr(self, child(adapter))
         for port in (self.pres, self.posts, self.keeps):
             port.pop(adapter, None)
 
@@ -101,7 +101,8 @@ class Tap(Unsaved):
         return y.index_copy(-1, self.features, _run(self.posts, x, y[..., self.features], ctx))
 
 
-def _child(adapter: str) -> str:
+def child(adapter: str) -> str:
+    """What an adapter's modules are called where they are children of others."""
     return "of_" + adapter.replace(".", "\u00b7")     # a submodule's name holds no dot; an adapter's may
 
 

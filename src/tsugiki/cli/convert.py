@@ -6,12 +6,16 @@ from pathlib import Path
 
 from tsugiki.errors import UserError
 
-HELP = """Write an adapter in another form; its numbers stay as they are.
+HELP = """Write an adapter in another form, its numbers as they are, or as a LoRA.
 
   tsugiki convert --adapter runs/first/adapter --base ./my-model --to native --out adapter-native
+  tsugiki convert --adapter runs/oft/adapter --base ./my-model --method lora --rank 16 --out oft-as-lora
   tsugiki convert --adapter roberta_mnli.bin --from loralib --alpha 16 --leave-out '^classifier' --out mnli-lora
 
 --to peft writes Hugging Face PEFT's keys and fields, --to native ours. The folder is read back and compared bit for bit.
+
+--method lora makes a LoRA of any method whose change is a change of weights: the best of that rank, by SVD. Without --rank it
+has the rank of the change. What is lost is printed, relative to the change; of every site with --json.
 
 --from loralib reads a checkpoint of microsoft/LoRA's loralib (`lora_A`, `lora_B`) without unpickling it, and writes a folder
 for PEFT. The file does not hold alpha. The scripts of microsoft/LoRA use
@@ -32,6 +36,8 @@ def add(commands) -> None:
     p.add_argument("--adapter", required=True, metavar="PATH", help="an adapter folder, or with --from a checkpoint file")
     p.add_argument("--out", required=True, metavar="DIR", help="the new folder")
     p.add_argument("--to", choices=("peft", "native"), help="the form to write (with --from loralib always peft)")
+    p.add_argument("--method", choices=("lora",), help="another method to write it as: lora")
+    p.add_argument("--rank", type=int, help="of the LoRA that --method lora makes (default: the change's own)")
     p.add_argument("--from", dest="source", choices=("loralib",), help="what the file is, where it is no adapter folder")
     p.add_argument("--alpha", type=float, help="loralib: lora_alpha of the training; the change is alpha / r * B A")
     p.add_argument("--leave-out", metavar="REGEX", help="loralib: tensors not to convert, searched in their names")
@@ -51,10 +57,34 @@ def run(args: argparse.Namespace) -> int:
     given = [f"--{name.replace('_', '-')}" for name in LORALIB if getattr(args, name) not in (None, [])]
     if given:
         raise UserError(f"{given[0]}: only with --from loralib")
-    # Conversions of a method into another one get their branch here.
-    if not args.to:
-        raise UserError("--to: missing; allowed: peft, native (or --from loralib for a checkpoint file)")
-    return _form(args)
+    if args.method and args.to:
+        raise UserError("--to: a LoRA that --method makes is written in the form it has; leave --to out")
+    if args.rank is not None and not args.method:
+        raise UserError("--rank: only with --method lora")
+    if not args.method and not args.to:
+        raise UserError("--to: missing; allowed: peft, native (or --method lora, or --from loralib for a checkpoint file)")
+    if Path(args.adapter).is_file():
+        raise UserError(f"--adapter {args.adapter}: is a file; give an adapter folder, or --from loralib for its checkpoints")
+    return _lora(args) if args.method else _form(args)
+
+
+def _lora(args: argparse.Namespace) -> int:
+    from tsugiki.cli.main import emit
+    from tsugiki.cli.models import load_with_adapters
+    from tsugiki.combine import check
+    from tsugiki.load import EMBEDDED
+    check("linear", args.rank, None)
+    named = argparse.Namespace(**vars(args) | {"adapter": [f"adapter={args.adapter}"]})
+    loaded = load_with_adapters(named, dtype=args.dtype or "fp32")
+    old, note = loaded.adapters.get("adapter"), dict(loaded.notes["adapter"])
+    report, stops = loaded.adapters.convert("adapter", "lora", rank=args.rank), note.pop("stop_ids")
+    loaded.adapters.save("lora", args.out, stop_ids=stops, base=args.base or EMBEDDED, extra=note)
+    worst = max(report.sites, key=report.sites.get)
+    emit(args, {"out": args.out, "method": "lora", "from": old.cfg.name, "rank": report.rank, "error": report.error,
+                "sites": report.sites},
+         f"{old.cfg.name} written to {args.out} as a LoRA of rank {report.rank} on {len(report.sites)} sites; {report.error:.2%} "
+         f"of its change is lost to the rank\n(most at {worst}: {report.sites[worst]:.2%})")
+    return 0
 
 
 def _form(args: argparse.Namespace) -> int:
@@ -62,8 +92,6 @@ def _form(args: argparse.Namespace) -> int:
     from tsugiki.cli.models import load_with_adapters
     from tsugiki.formats.forms import convert, form_of
     from tsugiki.load import EMBEDDED
-    if Path(args.adapter).is_file():
-        raise UserError(f"--adapter {args.adapter}: is a file; give an adapter folder, or --from loralib for its checkpoints")
     if (Path(args.adapter) / "adapter_config.json").is_file() and form_of(args.adapter) == args.to:
         raise UserError(f"--to {args.to}: {args.adapter} is in that form already")      # before a model is loaded
     loaded = load_with_adapters(argparse.Namespace(**vars(args) | {"adapter": [f"adapter={args.adapter}"]}))

@@ -21,6 +21,8 @@ class DoRAEdit(LoRAEdit):
     base's own, as before any merge, so that m starts as ||W|| and a new adapter changes nothing.
     """
 
+    constants = ("norm",)
+
     def __init__(self, config: DoRA, site: Site, start: Start):
         super().__init__(config, site, start)
         self.frozen = Frozen(site)

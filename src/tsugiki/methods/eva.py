@@ -123,8 +123,10 @@ def spread(shares: Sequence[Tensor], budget: int) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class EVA(LoRA):
-    """EVA: before the first step the rows of the first steps are looked at. A becomes the inputs' largest right singular
-    vectors, and the ranks move to the sites whose few directions explain most. B starts at zero, so nothing changes.
+    """EVA. Trains about rank * (d_in + d_out) numbers a site, the ranks shared out by the data.
+
+    Before the first step the rows of the first steps are looked at. A becomes the inputs' largest right singular vectors,
+    and the ranks move to the sites whose few directions explain most. B starts at zero, so nothing changes.
 
     An adapter that is trained already stays as it is. Stored as a LoRA with ranks of its own.
     """

@@ -15,7 +15,7 @@ from ..tap import base_parameters
 
 @dataclass(frozen=True, kw_only=True)
 class Full(Config):
-    """Full fine-tuning. Not an adapter: it trains the model's own parameters, and the result is a whole model."""
+    """Full fine-tuning. Trains the model's own parameters: not an adapter, the result is a whole model."""
     first: int | None = setting(None, "train only the first n decoder layers", low=1)
     last: int | None = setting(None, "train only the last n decoder layers", low=1)
     params: str | None = setting(None, "train only parameters whose name this regex finds")

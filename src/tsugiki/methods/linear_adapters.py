@@ -33,7 +33,7 @@ class LinearBottlenecks(Bottlenecks):
 
 @dataclass(frozen=True, kw_only=True)
 class SeriesLinear(LinearBottlenecks):
-    """LLM-Adapters' series adapter: after the linear, or before it where its role is in `before`."""
+    """LLM-Adapters' series adapter. Trains 2 * size * width numbers a linear, after it, or before it if its role is in `before`."""
     targets: tuple[str, ...] | str = setting(("down",), "the linears it sits at")
     before: tuple[str, ...] = setting(("gate", "up", "gate_up"), "roles where it changes the linear's input, not its output")
 
@@ -67,7 +67,7 @@ class _Before(_After):
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLinear(LinearBottlenecks):
-    """LLM-Adapters' parallel adapter, beside linears of the MLP."""
+    """LLM-Adapters' parallel adapter. Trains size * (d_in + d_out) numbers a linear of the MLP."""
     targets: tuple[str, ...] | str = setting(("up", "down"), "the linears it sits beside")
 
     name: ClassVar[str] = "parallel_linear"

@@ -66,7 +66,7 @@ class LoKrEdit(Edit):
 
 @dataclass(frozen=True, kw_only=True)
 class LoKr(Config):
-    """LoKr. About d_in and d_out as products of two widths: small factors; one starts at zero: a new adapter changes nothing."""
+    """LoKr. Trains two small factors a site, whose widths multiply to d_in and d_out; a new adapter changes nothing."""
     rank: int = setting(8, "inner width of the second factor; at half its larger side or more, it is trained whole", low=1)
     alpha: float = setting(8.0, "strength: the change is scaled by alpha / rank", low=1e-6)
     factor: int = setting(-1, "width of the first factor, as near as it divides; -1: both as near to square as can be", low=-1)

@@ -10,7 +10,7 @@ from .lora import LoRA
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAPlus(LoRA):
-    """LoRA+: the learning rate of B is `ratio` times that of A (section 4; 2^4 is what the paper recommends)."""
+    """LoRA+. Trains what LoRA trains, B at `ratio` times the learning rate of A (section 4; the paper recommends 2^4)."""
     ratio: float = setting(16.0, "learning rate of B over that of A", low=1e-6)
 
     name: ClassVar[str] = "loraplus"

@@ -13,7 +13,7 @@ from .prompts import Tables
 
 @dataclass(frozen=True, kw_only=True)
 class MAM(Tables, Config):
-    """Mix-and-match adapter: a prefix and a parallel adapter, trained as one."""
+    """Mix-and-match adapter (MAM). Trains a prefix and a parallel adapter as one."""
     tokens: int = setting(30, "virtual tokens of the prefix", low=1)
     hidden: int = setting(0, "width of the prefix's MLP while it trains; 0: none", low=0)
     size: int = setting(64, "width of the parallel adapter's bottleneck (512 in the paper)", low=1)

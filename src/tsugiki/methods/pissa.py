@@ -66,7 +66,7 @@ class OLoRAEdit(WeightStartEdit):
 
 @dataclass(frozen=True, kw_only=True)
 class PiSSA(LoRA):
-    """PiSSA: A and B start as the weight's largest singular directions. Stored as a LoRA of twice the rank."""
+    """PiSSA. Trains what LoRA trains, from the weight's largest singular directions. Stored as a LoRA of twice the rank."""
     bias: ClassVar[bool] = False
     start: ClassVar[str] = "kaiming"                  # replaced by the weight's
 
@@ -91,7 +91,7 @@ class PiSSA(LoRA):
 
 @dataclass(frozen=True, kw_only=True)
 class OLoRA(PiSSA):
-    """OLoRA: A and B start from the weight's QR decomposition. Stored as a LoRA of twice the rank."""
+    """OLoRA. Trains what LoRA trains, from the weight's QR decomposition. Stored as a LoRA of twice the rank."""
     name: ClassVar[str] = "olora"
     edit: ClassVar[type[Edit]] = OLoRAEdit
     lr: ClassVar[float] = 2e-4

@@ -48,7 +48,7 @@ class PrefixEncoder(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Prefix(Tables, Config):
-    """Prefix tuning. Trains, or with the MLP leaves behind, tokens * 2 * width of a key numbers a layer."""
+    """Prefix tuning. Trains tokens * 2 * width of a key numbers a layer, or an MLP that makes them and is dropped."""
     tokens: int = setting(8, "virtual tokens", low=1)
     hidden: int = setting(0, "width of the MLP that makes them while it trains (512 in the paper); 0: none", low=0)
 

@@ -19,7 +19,7 @@ class SeriesEdit(Bottleneck):
 
 @dataclass(frozen=True, kw_only=True)
 class Series(Bottlenecks):
-    """Series adapter after attention and after the MLP (Houlsby). Trains about 4 * size * width numbers a layer."""
+    """Series adapter after attention and MLP (Houlsby). Trains about 4 * size * width numbers a layer."""
     targets: tuple[str, ...] | str = setting(("attn", "mlp"), "where it sits: attn, mlp, both, or linears")
 
     name: ClassVar[str] = "series"
