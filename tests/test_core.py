@@ -489,7 +489,7 @@ def test_autocast_works_over_a_float32_base():
         low = model(input_ids=x, adapter_ids=who, labels=x)
     low.loss.backward()
     assert all(p.grad is not None for p in adapters.parameters())
-    assert difference(low.logits.float(), model(input_ids=x, adapter_ids=who).logits) < 0.1
+    assert difference(low.logits.float(), model(input_ids=x, adapter_ids=who).logits) < 0.2
 
 
 @pytest.mark.parametrize("values, says", [

@@ -30,7 +30,8 @@ def score(model, conversations, tokenizer=TOKENIZER, max_length=128, **cfg):
 def plain_loss(model, example) -> tuple[float, int]:
     """Sum of one row's losses and its targets, from all logits of that row alone."""
     with torch.no_grad():
-        logits = model(torch.tensor([example.ids])).logits[0]
+        labels = [token if trained else -100 for token, trained in zip(example.ids, example.trained, strict=True)]
+        logits = model(torch.tensor([example.ids]), labels=torch.tensor([labels])).logits[0]
     losses = F.cross_entropy(logits[:-1], torch.tensor(example.ids[1:]), reduction="none")
     kept = losses[torch.tensor(example.trained[1:])]
     return float(kept.sum()), len(kept)

@@ -37,7 +37,7 @@ CASES = [(k, {}) for k in FAMILIES if k != "falcon"] + [("falcon", v) for v in F
 NAMES = [k for k in FAMILIES if k != "falcon"] + [f"falcon-{k}" for k in FALCONS]
 family = pytest.mark.parametrize("kind, overrides", CASES, ids=NAMES)
 LINEAR_ONLY = ("loha", "lokr", "oft", "boft", "bitfit", "beft")         # what PEFT has no Conv1D for
-CLOSE = 1e-5                                          # float32: PEFT orders its sums otherwise
+CLOSE = 2e-5                                          # float32: PEFT orders its sums otherwise
 
 
 def last_names(model, roles):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import yaml
 from tsugiki.data.batch import LAYOUTS
 from tsugiki.errors import UserError, nearest
 
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -244,7 +246,8 @@ def assignments(pairs: list[str]) -> dict:
         if not sign or not key.strip():
             raise UserError(f"--set {pair}: expected KEY=VALUE, as train.lr=1e-3")
         try:
-            value = _yaml(text) if text.strip() else text
+            # YAML 1.1 takes 1e-3 for a text: it wants a dot
+            value = float(text) if EXPONENT.fullmatch(text.strip()) else _yaml(text) if text.strip() else text
         except (yaml.YAMLError, ValueError, RecursionError):
             value = text
         put(values, key.strip(), value)

@@ -50,4 +50,4 @@ class LoReFT(Config):
     name: ClassVar[str] = "reft"
     edit: ClassVar[type[Edit]] = ReFTEdit
     lr: ClassVar[float] = 2e-3
-    variants: ClassVar[tuple[dict, ...]] = ({"first": 2, "last": 0}, {"first": 0, "last": 2})
+    variants: ClassVar[tuple[dict, ...]] = ({"first": 2, "last": 0},)
