@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench docs clean
+.PHONY: help install demo test lint bench methods docs clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\): *[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -31,6 +31,10 @@ lint: $(READY)  ## ruff
 
 bench: $(READY)  ## how much faster a training step is when freed memory is kept
 	$(BIN)/python benchmarks/malloc.py
+
+methods: $(READY)  ## train every method on SST-2 (DATA=its folder), three seeds; write the table in docs/methods.md. Hours; goes on
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/methods_sst2.py --data "$(DATA)"
+	$(BIN)/python scripts/make_docs.py --sst2
 
 docs: $(READY)  ## write docs/configuration.md, docs/methods.md and the README's table of methods anew from the code
 	$(BIN)/python scripts/make_docs.py
