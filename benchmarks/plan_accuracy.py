@@ -110,19 +110,31 @@ def measure(kind: str, name: str, dtype: str, rows: int, length: int, count: int
     return json.loads(text or '{"error": "the process died"}')
 
 
-def serve(cases: list[list]) -> None:
-    """Measure (calm malloc or not, then what `measure` takes) one after another; a line of JSON each."""
+def serve() -> None:
+    """For each line of stdin, a list of what `measure` takes, a line of JSON on stdout."""
     from tsugiki import methods, plan  # noqa: F401  imported once, before the forks
-    for case in cases:
-        print(json.dumps(measure(*case)), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(measure(*json.loads(line))), flush=True)
 
 
-def measured(cases: list[list], calm: bool = True) -> list[dict]:
-    """`measure` of every case, in forks of one new process."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-    done = subprocess.run([sys.executable, __file__, "--serve", json.dumps([calm, cases])], check=True, env=env,
-                          stdout=subprocess.PIPE, text=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
+class Measurer:
+    """A process whose forks measure; calm: with glibc giving every freed block back."""
+
+    def __init__(self, calm: bool = True):
+        env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+        self.process = subprocess.Popen([sys.executable, __file__, "--serve", "calm" if calm else "as it is"], env=env,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self, *case) -> dict:
+        self.process.stdin.write(json.dumps(case) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline() or '{"error": "the measuring process died"}')
+
+    def close(self) -> None:
+        """The process ends when it has nothing more to read."""
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
 
 
 def estimated(folder: Path, kind: str, name: str, dtype: str, rows: int, length: int, timed: bool):
@@ -148,13 +160,13 @@ def main() -> None:
     args = parser.parse_args()
     import torch
     torch.set_num_threads(1)
-    rows = []
+    rows, measurers = [], (Measurer(calm=True), Measurer(calm=False))
     for kind in args.kinds:
         for name in args.methods:
             case = [kind, name, args.dtype, args.rows, args.length]
             with tempfile.TemporaryDirectory() as folder:
                 plan = estimated(Path(folder), *case, timed=True)
-            calm, plain = measured([[*case, args.steps]])[0], measured([[*case, args.steps]], calm=False)[0]
+            calm, plain = (measurer(*case, args.steps) for measurer in measurers)
             if error := calm.get("error") or plain.get("error"):
                 rows.append((kind, name, error[:40], *["-"] * 7))
                 continue
@@ -164,16 +176,17 @@ def main() -> None:
             rows.append((kind, name, *memory, f"{plan.memory / calm['peak']:.3f}", f"{plan.seconds:.2f}", f"{took:.2f}",
                          f"{plan.seconds / took:.2f}"))
             print(" ".join(map(str, rows[-1])), file=sys.stderr, flush=True)
+    for measurer in measurers:
+        measurer.close()
     head = ("base", "method", "plan MB", "peak MB", "as is MB", "with save MB", "plan/peak", "plan s/1k", "real s/1k", "ratio")
     print(table(head, rows))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        calm, cases = json.loads(sys.argv[2])
-        if calm:                                      # every tensor of a page or more is mapped alone, and unmapped when it dies
+        if sys.argv[2] == "calm":                     # every tensor of a page or more is mapped alone, and unmapped when it dies
             for option, value in ((MMAP_THRESHOLD, 1 << 16), (TRIM_THRESHOLD, 1 << 16), (TOP_PAD, 0)):
                 ctypes.CDLL(None).mallopt(option, value)
-        serve(cases)
+        serve()
     else:
         main()

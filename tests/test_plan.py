@@ -5,7 +5,6 @@ import dataclasses
 import importlib.util
 import sys
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -201,18 +200,19 @@ def test_wrong_layouts_are_refused_by_name(wrong, folders):
         small(folders["llama"], LoRA(), **wrong)
 
 
-@cache
-def measured(kind: str) -> dict[str, dict]:
-    """What each method really takes, all measured in forks of one process."""
-    found = accuracy.measured([[kind, name, "fp32", 2, 512, 2] for name in METHODS])
-    return dict(zip(METHODS, found, strict=True))
+@pytest.fixture(scope="module")
+def measure():
+    """What a method really takes, in a process of its own: a fork of one that has imported everything."""
+    measurer = accuracy.Measurer()
+    yield measurer
+    measurer.close()
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads a process's highest memory from Linux's /proc")
 @pytest.mark.parametrize("kind", accuracy.KINDS)
 @pytest.mark.parametrize("name", METHODS)
-def test_memory_is_within_15_percent_of_what_a_real_process_takes(kind, name, tmp_path):
-    real = measured(kind)[name]
+def test_memory_is_within_15_percent_of_what_a_real_process_takes(kind, name, measure, tmp_path):
+    real = measure(kind, name, "fp32", 2, 512, 2)
     assert "error" not in real, real["error"]
     want = accuracy.estimated(tmp_path, kind, name, "fp32", 2, 512, timed=False)
     assert real["peak"] > 200e6 and abs(want.memory / real["peak"] - 1) < CLOSE, (want.memory / 2**20, real["peak"] / 2**20)
@@ -225,5 +225,7 @@ def test_time_is_of_the_right_size(tmp_path):
     """Loosely, since other work may slow the one or the other; benchmarks/plan_accuracy.py prints how close it comes."""
     name = "lora"
     want = accuracy.estimated(tmp_path, "llama", name, "fp32", 2, 512, timed=True)
-    real = accuracy.measured([["llama", name, "fp32", 2, 512, 3]], calm=False)[0]["seconds"] * 1000 / 1024
+    measure = accuracy.Measurer(calm=False)
+    real = measure("llama", name, "fp32", 2, 512, 3)["seconds"] * 1000 / 1024
+    measure.close()
     assert real / 4 < want.seconds < real * 4
