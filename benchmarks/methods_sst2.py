@@ -29,6 +29,7 @@ import tsugiki as tg
 from tsugiki.config import DataConfig, RunConfig, TrainConfig
 from tsugiki.data import Columns, Conversation, load_conversations
 from tsugiki.methods import METHODS, make
+from tsugiki.train.loop import Interrupted
 from tsugiki.train.run import Rows, run
 
 RESULTS = Path(__file__).parent / "results" / "methods_sst2.json"
@@ -91,6 +92,8 @@ class Bench:
             done = run(model, self.tokenizer, cfg, self.rows, quiet=True, say=lambda line: None)
             return {"trained": done.trainable, "steps": done.steps, "tokens": done.progress.tokens,
                     "seconds": round(done.progress.seconds, 1)} | self.score(model, None if full else name)
+        except Interrupted:
+            raise
         except (tg.RunError, tg.UserError) as e:      # a rate at which it diverges is a result, too
             return {"failed": str(e)[:200]}
         finally:
@@ -144,7 +147,10 @@ def make_all(args: argparse.Namespace, bench: Bench, place: str, wanted: Sequenc
         with locked(args.work / f"{out.name}.lock", wait=False) as mine:
             if not mine or key in earlier(args.results).get(place, {}):
                 continue
-            result = bench.one(name, seed, lr, out)
+            try:
+                result = bench.one(name, seed, lr, out)
+            except Interrupted as e:
+                raise SystemExit(f"{key}: {e}") from None
             record(args.results, args.work, lambda found, k=key, r=result: found.setdefault(place, {}).update({k: r}))
         print(place, key, json.dumps(result), flush=True)
 
