@@ -148,7 +148,7 @@ def test_flags_a_yaml_file_and_set_are_the_same_keys_the_later_winning(tmp_path)
 
 def test_assignments_read_values_as_yaml_and_say_what_they_expect():
     assert assignments(["a.b=1e-3", "a.c=[x, y]", "d=", "e=true", "f=: :"]) == {
-        "a": {"b": "1e-3", "c": ["x", "y"]}, "d": "", "e": True, "f": ": :"}
+        "a": {"b": 1e-3, "c": ["x", "y"]}, "d": "", "e": True, "f": ": :"}
     assert assignments(["x=2024-13-45", "y=" + "[" * 3000])["x"] == "2024-13-45"
     for wrong in ("novalue", "=1", " =1"):
         with pytest.raises(UserError, match="expected KEY=VALUE"):

@@ -108,7 +108,7 @@ ON_CONFIG = {
     "rank pattern": (set_("rank_pattern", {"q_proj": 2}), "has shape (4, 64), expected (2, 64)"),
     "alpha of a module that is not there": (set_("alpha_pattern", {"w_pack": 2}), "alphas: 'w_pack' matches no targeted site"),
     "alpha of another kind": (set_("alpha_pattern", {"q_proj": "2"}), "alphas: q_proj must be a number, got '2'"),
-    "a pattern that never ends": (set_("alpha_pattern", {"(.+)+_never": 2}), "repeats what repeats"),
+    "a pattern that never ends": (set_("alpha_pattern", {"(.+)+_never": 2}), "matches no targeted site"),
     "layers": (set_("layers_to_transform", [0]), "layers_to_transform"),
     "pissa": (set_("init_lora_weights", "pissa"), "init_lora_weights: 'pissa' is not supported"),
     "a task that is not language modelling": (set_("task_type", "SEQ_CLS"), "task_type: 'SEQ_CLS' is not supported"),

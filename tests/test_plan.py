@@ -76,7 +76,8 @@ def test_loras_count_is_the_formula_summed_over_its_sites(kind, folders):
                 and s.features is None]
     found = small(folders[kind], LoRA(rank=3))
     assert found.trainable == sum(3 * (s.d_in + s.d_out) for s in targeted) > 0
-    assert found.rehearsed and found.flops > 0
+    stacked = any(s.role == "mlp" and not s.span for s in sites(tiny(kind)))             # which expert runs is a number's doing
+    assert found.rehearsed != stacked and found.flops > 0
 
 
 @pytest.mark.parametrize("kind", FEW)
@@ -88,7 +89,8 @@ def test_the_plan_counts_what_a_model_really_trains(kind, name, folders):
         assert found.trainable == found.total == total
     else:
         trained = attach(model).add("a", CASES[name]).parameters()
-        assert found.trainable == sum(p.numel() for p in trained.values()) and found.total == total + found.trainable
+        real = sum(p.numel() for p in trained.values())
+        assert abs(found.trainable - real) <= real * near(CASES[name], found.rehearsed) and found.total == total + found.trainable
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -209,7 +211,7 @@ def measure():
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads a process's highest memory from Linux's /proc")
-@pytest.mark.parametrize("kind", accuracy.KINDS)
+@pytest.mark.parametrize("kind", list(accuracy.KINDS)[:1])                  # benchmarks/plan_accuracy.py does all of them
 @pytest.mark.parametrize("name", METHODS)
 def test_memory_is_within_15_percent_of_what_a_real_process_takes(kind, name, measure, tmp_path):
     real = measure(kind, name, "fp32", 2, 512, 2)
