@@ -10,6 +10,7 @@ from tsugiki.adapters import attach
 from tsugiki.errors import UserError
 from tsugiki.formats.export import merge_to_folder
 from tsugiki.methods import IA3, Full, LoRA, Parallel, SeriesLinear
+from tsugiki.plan import _Case, _count, base_config
 from tsugiki.sites import FAMILIES, SHARED_GATE
 from tsugiki.weights import few_bits
 
@@ -129,6 +130,25 @@ def test_full_fine_tuning_of_the_experts_alone(kind):
     assert len(chosen) == 2 * len(sparse_layers(model)) and all(p.dim() == 3 for p in chosen.values())
     model(ids(4), labels=ids(4)).loss.backward()
     assert all(float(p.grad.abs().max()) > 0 for p in chosen.values())
+
+
+@kinds
+@pytest.mark.parametrize("cfg", [LoRA(rank=3), Full(params=r"\.experts\.")], ids=["lora", "experts"])
+def test_a_plan_counts_the_experts_a_token_passes(kind, cfg, tmp_path):
+    """On shapes alone what a real step holds and does, and more of it with another expert a token."""
+    done = {}
+    for top in (2, 3):
+        tiny(kind, num_experts_per_tok=top).config.save_pretrained(tmp_path / str(top))
+        read = base_config(str(tmp_path / str(top)))
+        case = _Case(cfg, 4, 16, 0.5, torch.float32, torch.device("cpu"), torch.float32, False)
+        shapes, real = _count(case, read), _count(case, read, fake=False)
+        assert (shapes.trainable, shapes.flops) == (real.trainable, real.flops)
+        assert max(shapes.early, shapes.late) == pytest.approx(max(real.early, real.late), rel=5e-3)
+        done[top] = shapes.flops
+    model = tiny(kind)
+    ff = model.model.layers[-1].mlp.experts.down_proj.shape[-1]
+    forward = 2 * 64 * 3 * 64 * ff * len(sparse_layers(model))             # 64 tokens, gate, up and down of one expert more
+    assert done[3] - done[2] >= 2 * forward
 
 
 def test_the_gate_of_a_shared_expert_takes_an_adapter_that_merges():

@@ -99,6 +99,8 @@ class Ledger(TorchDispatchMode):
         return out
 
     def _run(self, func, args, kwargs, inputs: list[Tensor]) -> Any:
+        if func is GROUPED and any(isinstance(x, FakeTensor) for x in inputs):
+            return _grouped(*args, **kwargs)
         if self.shapes is None or any(isinstance(x, FakeTensor) for x in inputs):
             return func(*args, **kwargs)
         if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
@@ -128,6 +130,8 @@ class Ledger(TorchDispatchMode):
         if name.startswith("aten::_scaled_dot_product_"):
             kind = _attention(func._schema, args, kwargs)
             flops = (5 if kind.backward else 2) * 2 * kind.batch * kind.heads * kind.queries * kind.keys * kind.head
+        elif func is GROUPED:                         # each group has its rows: together 2 * rows * k * n, as of one product
+            kind, flops = packet, 2 * args[0].numel() * args[1].shape[-1]
         elif packet in flop_registry:
             kind = _product(args[PRODUCTS[packet]:]) if packet in PRODUCTS else packet
             flops = flop_registry[packet](*args, **kwargs, out_val=out)
@@ -135,7 +139,14 @@ class Ledger(TorchDispatchMode):
         entry.calls, entry.flops, entry.moved = entry.calls + 1, entry.flops + flops, entry.moved + moved
 
 
+GROUPED = getattr(getattr(aten, "_grouped_mm", None), "default", None)       # experts, all of them at once
 PRODUCTS = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.baddbmm: 1}          # where their two matrices begin
+
+
+def _grouped(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
+    """What a grouped product of fake tensors gives. torch's own rule for shapes takes bfloat16 alone; its kernels do not."""
+    rows = (len(offs), a.shape[0]) if a.dim() == b.dim() == 2 else (a.shape[-2],)         # (k, S) x (S, n), or (S, k) x (E, k, n)
+    return a.new_empty(*rows, b.shape[-1], dtype=out_dtype or a.dtype)
 
 
 def _product(args: tuple) -> Product:
