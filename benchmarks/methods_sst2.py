@@ -1,4 +1,4 @@
-"""Train every method at its recommended learning rate on the same rows of SST-2, three seeds, and print how well each does.
+"""Train every method on the same rows of SST-2, at the rate a search found for this base, with three seeds; print the scores.
 
     python benchmarks/methods_sst2.py --data DIR [--methods lora full ...] [--seeds 0 1 2]
 
@@ -6,7 +6,7 @@ DIR holds train_full.tsv and dev.tsv. Every run is the library's own: the embedd
 steps, the method's defaults. Scores are on the 872 rows of dev.tsv, by the likelier of the two words. A run that is finished
 is in the results file and is not made again; a run that was stopped goes on; several processes may share the work. With
 --search FACTOR ... the first seed is trained at multiples of each method's rate and scored on sentences held out of
-train_full.tsv: no label of dev.tsv is looked at. Recommended rates were chosen with it. A run at the recommended rate is not
+train_full.tsv: no label of dev.tsv is looked at. The rate that does best there is the one used. A run at that rate is not
 trained again for its score on dev.tsv.
 """
 from __future__ import annotations
@@ -170,9 +170,16 @@ def study(args: argparse.Namespace, setup: Setup) -> None:
         rates = {name: [float(f"{METHODS[name].lr * factor:.1g}") for factor in args.search] for name in args.methods}
         return make_all(args, bench, "search", [(name, args.seeds[0], rates[name][n])
                                                 for n in range(len(args.search)) for name in args.methods])
-    rates = {name: METHODS[name].lr if args.lr is None else args.lr for name in args.methods}
+    rates = {name: rate_for(earlier(args.results), name) if args.lr is None else args.lr for name in args.methods}
     make_all(args, bench, "runs", [(name, seed, rates[name]) for seed in args.seeds for name in args.methods])
     show(earlier(args.results), rates)
+
+
+def rate_for(found: dict, name: str) -> float:
+    """The rate that did best in the search, for a base of this size; the method's own where none was tried."""
+    tried = {float(key.rpartition("/")[2]): r["accuracy"] for key, r in found.get("search", {}).items()
+             if key.startswith(f"{name}/") and "accuracy" in r}
+    return max(tried, key=tried.get) if tried else METHODS[name].lr
 
 
 def of_method(found: dict, name: str, lr: float) -> list[dict]:

@@ -136,7 +136,7 @@ def test_peft_to_us_and_back(kind, overrides, name, tmp_path):
     adapters.load("a", tmp_path / "theirs")
     with torch.no_grad():
         assert difference(model(x).logits, right) < CLOSE
-        assert difference(right, base) > 50 * CLOSE
+        assert difference(right, base) > 20 * CLOSE
     adapters.save("a", tmp_path / "ours", base="somewhere")
     back = PeftModel.from_pretrained(tiny(kind, **overrides), tmp_path / "ours")
     assert difference(peft_logits(back, x), right) < CLOSE

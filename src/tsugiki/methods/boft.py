@@ -29,7 +29,7 @@ class BOFTEdit(Edit):
 
     def __init__(self, config: BOFT, site: Site, start: Start):
         super().__init__(config, site, start)
-        size = site.d_in // config.blocks if config.blocks else config.size
+        size = max(1, site.d_in // config.blocks) if config.blocks else config.size
         blocks, stretch = site.d_in // size, 2 ** (config.factors - 1)
         halved = config.factors > 1 and (size % 2 or blocks % stretch)
         if blocks * size != site.d_in or config.blocks and blocks != config.blocks or halved:
