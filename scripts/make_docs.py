@@ -43,8 +43,8 @@ SST2_TEXT = """## On SST-2
 
 Methods at their defaults on the embedded base (8.0M parameters) and the same {rows:,} phrases of {words} words from SST-2's
 training file: {epochs:g} pass, {steps:,} steps of {batch_size} rows. The score is the share of the 872 sentences of dev.tsv
-whose own word (good, bad) is the likelier one; the base alone gives {base:.3f}. `make methods DATA=DIR` goes on with the runs that are
-missing, seeds 0, 1 and 2 of every method, and makes the table.
+whose own word (good, bad) is the likelier one; the base alone gives {base:.3f}. `make methods DATA=DIR` goes on with the runs
+that are missing, seeds 0, 1 and 2 of every method, and makes the table.
 
 The rate is the one that did best on 300 whole sentences of the training file, none of whose pieces was trained on, with seed 0
 and no look at dev.tsv; what was tried is under "search" in `benchmarks/results/methods_sst2.json`. These rates are for a base
