@@ -6,7 +6,7 @@ DIR holds train_full.tsv and dev.tsv. Every run is the library's own: the embedd
 steps, the method's defaults. Scores are on the 872 rows of dev.tsv, by the likelier of the two words. A run that is finished
 is in the results file and is not made again; a run that was stopped goes on; several processes may share the work. With
 --search FACTOR ... the first seed is trained at multiples of each method's rate and scored on sentences held out of
-train_full.tsv: no label of dev.tsv is looked at. The rate that does best there is the one used. A run at that rate is not
+train_full.tsv: no label of dev.tsv is looked at. The rate with the least loss there is the one used. A run at that rate is not
 trained again for its score on dev.tsv.
 """
 from __future__ import annotations
@@ -176,10 +176,10 @@ def study(args: argparse.Namespace, setup: Setup) -> None:
 
 
 def rate_for(found: dict, name: str) -> float:
-    """The rate that did best in the search, for a base of this size; the method's own where none was tried."""
-    tried = {float(key.rpartition("/")[2]): r["accuracy"] for key, r in found.get("search", {}).items()
-             if key.startswith(f"{name}/") and "accuracy" in r}
-    return max(tried, key=tried.get) if tried else METHODS[name].lr
+    """The rate with the least held-out loss in the search, for a base of this size; the method's own where none was tried."""
+    tried = {float(key.rpartition("/")[2]): r["loss"] for key, r in found.get("search", {}).items()
+             if key.startswith(f"{name}/") and "loss" in r}
+    return min(tried, key=tried.get) if tried else METHODS[name].lr
 
 
 def of_method(found: dict, name: str, lr: float) -> list[dict]:

@@ -46,8 +46,8 @@ training file: {epochs:g} pass, {steps:,} steps of {batch_size} rows. The score 
 whose own word (good, bad) is the likelier one; the base alone gives {base:.3f}. `make methods DATA=DIR` goes on with the runs
 that are missing, seeds 0, 1 and 2 of every method, and makes the table.
 
-The rate is the one that did best on 300 whole sentences of the training file, none of whose pieces was trained on, with seed 0
-and no look at dev.tsv; what was tried is under "search" in `benchmarks/results/methods_sst2.json`. These rates are for a base
+The rate is the one with the least loss on 300 whole sentences of the training file, none of whose pieces was trained on, with
+seed 0 and no look at dev.tsv; what was tried is under "search" in `benchmarks/results/methods_sst2.json`. These rates are for a base
 of this size. The learning rate to start from that is given for each method is its paper's: large models want it.
 
 One base, one task and one short run: 872 rows leave each score uncertain by three points either way, so small differences say
