@@ -47,8 +47,8 @@ whose own word (good, bad) is the likelier one; the base alone gives {base:.3f}.
 that are missing, seeds 0, 1 and 2 of every method, and makes the table.
 
 The rate is the one with the least loss on 300 whole sentences of the training file, none of whose pieces was trained on, with
-seed 0 and no look at dev.tsv; what was tried is under "search" in `benchmarks/results/methods_sst2.json`. These rates are for a base
-of this size. The learning rate to start from that is given for each method is its paper's: large models want it.
+seed 0 and no look at dev.tsv; what was tried is under "search" in `benchmarks/results/methods_sst2.json`. These rates are for
+a base of this size. The learning rate to start from that is given for each method is its paper's: large models want it.
 
 One base, one task and one short run: 872 rows leave each score uncertain by three points either way, so small differences say
 nothing, and a method that is behind here may not be after more steps or at a better rate. The seconds were taken beside other
@@ -206,7 +206,7 @@ def sst2_section() -> str:
     below = " ".join(f"`{n}`" for n, of in scores.items() if of and sum(of) / len(of) < PASS)
     missing = " ".join(f"`{n}`" for n, of in scores.items() if not of)
     return "\n\n".join((SST2_MARK, text + "\n" + table(head, [sst2_row(n, of, rates[n]) for n, of in runs.items() if of]),
-                        f"Below {PASS:.2f} after so short a run, at the one or two rates tried: {below or 'none'}.",
+                        f"Below {PASS:.2f}: {below or 'none'}. The run is short and few rates were tried.",
                         *([f"Not run yet: {missing}."] if missing else []), SST2_MARK)) + "\n"
 
 
