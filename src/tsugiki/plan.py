@@ -27,8 +27,8 @@ from tsugiki.rates import seconds
 from tsugiki.rehearsal import Ledger
 from tsugiki.tap import base_parameters
 from tsugiki.train.log import Bar
-from tsugiki.train.loop import Job, _Run
-from tsugiki.train.run import _frozen_but, _look, _route
+from tsugiki.train.loop import Job, Steps
+from tsugiki.train.run import freeze_but, look, route_of
 
 LENGTH = 512                                          # tokens of a row unless told
 SHORT, WHOLE = (2, 4), 8                              # layers of the two copies that stand for a model of more than WHOLE
@@ -162,7 +162,7 @@ def _set_up(case: _Case, read: PretrainedConfig) -> tuple[nn.Module, Adapter | N
         model = AutoModelForCausalLM.from_config(read, dtype=torch.float32 if case.full else case.dtype).eval()
     adapter = None if case.full else attach(model).add("default", case.config, tokenizer=case.tokenizer)
     params = case.config.select(model) if adapter is None else adapter.parameters()
-    _frozen_but(model, params)
+    freeze_but(model, params)
     return model, adapter, params
 
 
@@ -179,11 +179,11 @@ def _count(case: _Case, read: PretrainedConfig, fake: bool = True) -> _Count:
         length = min(case.length, room(model) or case.length)
         job = _job(case, length, model, adapter, params)
         if adapter is not None:                       # a start made from data may change shapes
-            case.config.prepare(adapter, partial(_look, model, job.examples, job.cfg, 0, "default"))
+            case.config.prepare(adapter, partial(look, model, job.examples, job.cfg, 0, "default"))
             params = adapter.parameters()
-            _frozen_but(model, params)
+            freeze_but(model, params)
             job = dataclasses.replace(job, params=params)
-        steps = _Run(job, Path(folder), lambda line: None)
+        steps = Steps(job, Path(folder), lambda line: None)
         gc.collect()
         weights = ledger.live
         for p in params.values():
@@ -213,7 +213,7 @@ def _job(case: _Case, length: int, model: nn.Module, adapter: Adapter | None, pa
     cfg = RunConfig(train=TrainConfig(batch_size=rows, max_length=length, max_tokens=rows * length, steps=1))
     mixed = case.full and case.dtype == torch.bfloat16
     more = {"autocast": partial(torch.autocast, case.device.type, torch.bfloat16)} if mixed else {}
-    return Job(model, params, examples, cfg.train, case.config.lr, 0, "pad", route=_route(cfg, adapter), adapter=adapter, **more)
+    return Job(model, params, examples, cfg.train, case.config.lr, 0, "pad", route=route_of(cfg, adapter), adapter=adapter, **more)
 
 
 def file_bytes(tensors: Iterable[tuple[str, Tensor]], metadata: dict[str, str] | None = None) -> int:

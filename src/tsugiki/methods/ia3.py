@@ -1,7 +1,6 @@
 """(IA)^3 (Liu et al. 2022, arXiv:2205.05638): trained vectors that scale keys, values and the hidden features of the MLP."""
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .. import patterns
 from ..edit import Config, Edit, Start, setting
 from ..errors import UserError
 from ..formats.spec import NOTHING, TUNER, Peft
@@ -97,9 +97,9 @@ class IA3(Config):
         if isinstance(self.inputs, tuple) or self.inputs in ROLES:
             return site.role in ((self.inputs,) if isinstance(self.inputs, str) else self.inputs)
         try:
-            return re.search(self.inputs, site.name) is not None
-        except re.error as e:
-            raise UserError(f"{self.name}: inputs {self.inputs!r} is not a regular expression: {e}") from None
+            return patterns.search(self.inputs, site.name)
+        except UserError as e:
+            raise UserError(f"{self.name}: inputs {e}") from None
 
 
 class _Inputs(IA3):

@@ -83,7 +83,7 @@ def fit(job: Job, out: Path, *, quiet: bool = False, say: Callable[[str], None] 
     Leaves the trained weights in `job.params` (the best evaluated ones with cfg.keep = "best").
     Raises RunError on a non-finite step, Interrupted after SIGINT or SIGTERM (saved, to be resumed).
     """
-    run, cfg = _Run(job, out, say), job.cfg
+    run, cfg = Steps(job, out, say), job.cfg
     progress = run.progress
     if not run.resumed:
         with job.untrained():
@@ -111,7 +111,7 @@ def fit(job: Job, out: Path, *, quiet: bool = False, say: Callable[[str], None] 
     return progress
 
 
-class _Run:
+class Steps:
     """The state of one run between two steps, all of it in memory or in the last checkpoint."""
 
     def __init__(self, job: Job, out: Path, say: Callable[[str], None]):

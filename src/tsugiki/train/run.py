@@ -169,9 +169,9 @@ def run(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, *, quiet: bool 
     if largest_tensor(model, examples, train) >= MAPPED:
         keep_freed_memory()
     if adapter is not None:
-        method.prepare(adapter, partial(_look, model, examples, train, pad_id(tokenizer), cfg.adapter))
+        method.prepare(adapter, partial(look, model, examples, train, pad_id(tokenizer), cfg.adapter))
         params = adapter.parameters()                 # a start made from data may have changed their shapes
-    _frozen_but(model, params)
+    freeze_but(model, params)
     scoring = None
     if rows.held_out:
         scoring = partial(evaluate, model, renderer, rows.held_out, cfg.eval, pad_id(tokenizer), limit)
@@ -180,7 +180,7 @@ def run(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, *, quiet: bool 
     base = nullcontext if full else partial(attach(model).use, None)
     job = Job(model, params, examples, train, method.lr if train.lr is None else train.lr, pad_id(tokenizer),
               choose_layout(model, examples, train, virtual=bool(adapter and adapter.virtual)),
-              route=_route(cfg, adapter), evaluate=scoring,
+              route=route_of(cfg, adapter), evaluate=scoring,
               untrained=base, adapter=adapter,
               autocast=partial(torch.autocast, device.type, torch.bfloat16) if autocast else nullcontext)
     if train.compile:
@@ -216,7 +216,7 @@ def _say_report(report, limit: int, say: Callable[[str], None]) -> None:
 
 
 @torch.no_grad()
-def _look(model: nn.Module, examples: Sequence[Example], train: TrainConfig, pad: int, adapter: str, batches: int = 8) -> None:
+def look(model: nn.Module, examples: Sequence[Example], train: TrainConfig, pad: int, adapter: str, batches: int = 8) -> None:
     """The model's forward over the rows of the first steps, for a method that starts from data."""
     for step in range(min(batches, math.ceil(len(examples) / train.batch_size))):
         rows = step_rows(len(examples), train.batch_size, train.seed, step)
@@ -242,13 +242,13 @@ def _trainable(model: nn.Module, tokenizer, method, cfg: RunConfig):
     return adapter.parameters(), adapter
 
 
-def _frozen_but(model: nn.Module, params: dict[str, nn.Parameter]) -> None:
+def freeze_but(model: nn.Module, params: dict[str, nn.Parameter]) -> None:
     chosen = {id(p) for p in params.values()}
     for p in model.parameters():
         p.requires_grad_(id(p) in chosen)
 
 
-def _route(cfg: RunConfig, adapter):
+def route_of(cfg: RunConfig, adapter):
     """Per batch: which adapter, and dropout keys that are a function of (seed, step, row, position)."""
     if adapter is None:
         return lambda batch, step: {}
