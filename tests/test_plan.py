@@ -124,10 +124,10 @@ def test_a_rehearsal_counts_what_the_real_step_holds_and_does(kind, name, folder
         assert a == b or field.name in ("weights", "early", "late") and a == pytest.approx(b, rel=5e-3), field.name
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", METHODS)                                  # dropout is of the same shapes
 def test_a_few_layers_tell_of_many(name, folders, tmp_path, monkeypatch):
     deep = base_config(folders["llama"])
-    deep.num_hidden_layers = 11
+    deep.num_hidden_layers = 9
     deep.save_pretrained(tmp_path)
     short = small(str(tmp_path), CASES[name])
     monkeypatch.setattr("tsugiki.plan.WHOLE", 99)
