@@ -129,6 +129,7 @@ def test_sizes_on_a_base_are_those_of_the_adapter_itself(tmp_path):
         path = home.save(name, tmp_path / name) / "adapter_model.safetensors"
         assert abs(path.stat().st_size - size.file) <= 0.02 * size.file + 300 * len(cls().stored(adapter)[1]), name
         home.remove(name)
+        assert size.rate == cls.small_lr, name        # the base is 64 wide
     whole = capabilities.size(str(tmp_path / "base"), Full())
     assert whole.trainable == sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.adapter_shared.parameters())
 
@@ -141,9 +142,11 @@ def test_the_command_prints_a_table_and_one_object(capsys, tmp_path):
     assert out.err == "" and "prefix: merge: prefix is not a change of weights" in out.out
     trained = capabilities.size(str(tmp_path), METHODS["prefix"]()).trainable
     assert out.out.splitlines()[0].split()[0] == "method" and f"  {trained:,}  " in out.out
+    assert out.out.splitlines()[0].split()[-1] == "rate" and f"  {METHODS['prefix'].small_lr:g}\n" in out.out
     assert main(["methods", "--method", "bitfit", "--json"]) == 0
     out = capsys.readouterr()
     made = json.loads(out.out)
+    assert made["methods"]["bitfit"].items() >= {"lr": METHODS["bitfit"].lr, "small_lr": METHODS["bitfit"].small_lr}.items()
     assert set(made) == {"methods", "properties", "failed"} and made["failed"] == [] and "probe" in out.err
     assert made["methods"]["bitfit"]["properties"]["unmerge"] == dataclasses.asdict(capabilities.Answer("yes", "", 0.0))
     assert main(["methods", "--method", "lorra"]) == 2

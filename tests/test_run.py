@@ -14,8 +14,9 @@ from tsugiki.adapters import attach
 from tsugiki.config import RunConfig, build
 from tsugiki.edit import Config, Edit
 from tsugiki.errors import RunError, UserError
-from tsugiki.methods import BitFit, Full, LoRA
+from tsugiki.methods import METHODS, BitFit, Full, LoRA
 from tsugiki.train import loop
+from tsugiki.train import run as run_module
 from tsugiki.train.run import check_folder, read_rows
 
 
@@ -184,8 +185,32 @@ def result_bits_of(out):
 
 
 def test_without_a_learning_rate_the_methods_own_is_used(tmp_path):
-    go(config(tmp_path / "run", "bitfit", lr=None, steps=1, warmup=0.0))
-    assert left(tmp_path / "run")["metrics"][0]["lr"] == BitFit.lr
+    said = []
+    go(config(tmp_path / "run", "bitfit", lr=None, steps=1, warmup=0.0), say=said.append)
+    assert left(tmp_path / "run")["metrics"][0]["lr"] == BitFit.small_lr != BitFit.lr        # a base 64 wide
+    assert any(f"learning rate {BitFit.small_lr:g} (bitfit's for a base 64 wide)" in line for line in said)
+    go(config(tmp_path / "given", "bitfit", lr=0.5, steps=1, warmup=0.0), say=said.append)
+    assert left(tmp_path / "given")["metrics"][0]["lr"] == 0.5 and any(s.endswith("learning rate 0.5") for s in said)
+
+
+def test_the_rate_to_start_from_depends_on_the_bases_width(tmp_path, monkeypatch):
+    class Both(Config):
+        name, lr, small_lr = "both", 2e-4, 2e-3
+
+    class Extended(Both):
+        name, lr = "extended", 1e-3                   # its own: the small one of Both was found for Both
+
+    class Renamed(Both):
+        name = "renamed"
+    assert [Both.rate(w) for w in (8, 256, 2048, 8192)] == [2e-3, 2e-3, 2e-4, 2e-4]
+    assert Both.rate(724) == pytest.approx(2e-3 * 10 ** -0.5, rel=0.02) and Both.rate(576) == 8.1e-4    # 724: half-way in log
+    assert 2e-3 >= Both.rate(257) > Both.rate(300) > Both.rate(1024) > Both.rate(1900) > 2e-4
+    assert [Extended.rate(w) for w in (8, 700, 9000)] == [1e-3] * 3 and Renamed.rate(256) == 2e-3
+    for cls in METHODS.values():
+        assert (cls.rate(256), cls.rate(4096)) == (cls.small_lr or cls.lr, cls.lr) and 0 < cls.rate(700) < 10
+    monkeypatch.setattr(run_module, "width", lambda model: 576)
+    go(config(tmp_path / "run", "lora", lr=None, steps=1, warmup=0.0))
+    assert left(tmp_path / "run")["metrics"][0]["lr"] == METHODS["lora"].rate(576) == 8.1e-4
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])

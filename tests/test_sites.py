@@ -7,6 +7,7 @@ from tsugiki.adapters import attach
 from tsugiki.errors import UserError
 from tsugiki.methods import BitFit, LoRA
 from tsugiki.sites import FAMILIES, LINEAR_ROLES, SHARED_GATE, Family, family_of, select, sites
+from tsugiki.sites import width as hidden
 
 CASES = [(kind, {}) for kind in FAMILIES] + [("falcon", v) for v in FALCONS.values()] + [
     ("phi", {"qk_layernorm": True}), ("opt", {"do_layer_norm_before": False}), ("gpt_neox", {"use_parallel_residual": False})]
@@ -18,6 +19,7 @@ def test_names_are_unique_and_every_site_sees_the_widths_it_declares(kind, overr
     model = tiny(kind, **overrides)
     found = sites(model)
     assert len({s.name for s in found}) == len(found)
+    assert {s.d_out for s in found if s.role == "block"} == {hidden(model)}
     seen = {}
     for site in found:
         def note_in(m, a, site=site):

@@ -23,7 +23,7 @@ from tsugiki.errors import UserError, nearest
 from tsugiki.formats.disk import CONFIG
 from tsugiki.load import base_path, stored_dtype
 from tsugiki.methods import METHODS, LoRA
-from tsugiki.sites import decoder_layers
+from tsugiki.sites import decoder_layers, width
 
 EXACT = 1e-9                                          # float64: how near two ways of computing the same must be
 CLOSE = 1e-4                                          # float32, where two sums run in another order
@@ -293,6 +293,7 @@ class Size:
     """Of one method on one base, counted on tensors without storage."""
     trainable: int
     file: int                                         # bytes of the tensors that are saved: of the adapter, or of the whole model
+    rate: float                                       # the learning rate to start from on this base
 
 
 def size(base: str, cfg: Config, trust_remote_code: bool = False) -> Size:
@@ -303,12 +304,13 @@ def size(base: str, cfg: Config, trust_remote_code: bool = False) -> Size:
         raise UserError(f"base: {base} cannot be read: {(str(e).splitlines() or [''])[0][:200]}") from None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(read)
+    rate = cfg.rate(width(model))
     if not cfg.parts:
         whole = sum(p.numel() for p in model.parameters())
-        return Size(sum(p.numel() for p in cfg.select(model).values()), whole * stored_dtype(base).itemsize)
+        return Size(sum(p.numel() for p in cfg.select(model).values()), whole * stored_dtype(base).itemsize, rate)
     made = attach(model).add("count", cfg)
     _, kept = cfg.stored(made)
-    return Size(sum(p.numel() for p in made.parameters().values()), sum(t.numel() * t.element_size() for t in kept.values()))
+    return Size(sum(p.numel() for p in made.parameters().values()), sum(t.numel() * t.element_size() for t in kept.values()), rate)
 
 
 def about(cls: type[Config]) -> tuple[str, str]:

@@ -44,7 +44,7 @@ class TrainConfig:
     """The optimization."""
     epochs: float = option(1.0, "passes over the rows", low=0.001)
     steps: int | None = option(None, "optimizer steps, instead of epochs", low=1)
-    lr: float | None = option(None, "peak learning rate (default: the method's own)", low=0.0)
+    lr: float | None = option(None, "peak learning rate (default: the method's, for a base of this width)", low=0.0)
     batch_size: int = option(16, "rows of one optimizer step", low=1)
     max_length: int = option(512, "longest row in tokens; longer rows are cut (text is split)", low=2)
     max_tokens: int = option(4096, "tokens of one forward; a step of more tokens is cut into several", low=2)

@@ -21,6 +21,7 @@ from .sites import LINEAR_ROLES, SHARED_GATE, Site
 from .weights import dense, unmerged
 
 LINEARS = (*LINEAR_ROLES, SHARED_GATE, "head")        # where a change of a weight can sit
+NARROW, WIDE = 256, 2048                              # hidden widths that `small_lr` and `lr` are for
 
 
 def setting(default: Any = MISSING, help: str = "", *, low: float | None = None, high: float | None = None,
@@ -35,9 +36,25 @@ class Config:
     """Base of every method's config: frozen, keyword-only, and it checks itself. Raises UserError."""
     name: ClassVar[str]                               # what the method is called on the command line and on disk
     edit: ClassVar[type[Edit] | None] = None          # its Edit; None: see `parts`
-    lr: ClassVar[float]                               # the learning rate to start from
+    lr: ClassVar[float]                               # the learning rate to start from: the paper's, for bases WIDE or wider
+    small_lr: ClassVar[float | None] = None           # and for bases NARROW or narrower, found by search; None: as `lr`
     peft: ClassVar[Any] = None                        # how Hugging Face PEFT writes it (formats.peft), if PEFT has it
     variants: ClassVar[tuple[dict, ...]] = ()         # settings that go another way through its code: tests run each
+
+    def __init_subclass__(cls) -> None:
+        """A method with an `lr` of its own does not take over the `small_lr` of the one it extends."""
+        super().__init_subclass__()
+        if "lr" in vars(cls) and "small_lr" not in vars(cls):
+            cls.small_lr = None
+
+    @classmethod
+    def rate(cls, width: int) -> float:
+        """The learning rate to start from on a base of hidden width `width`; between NARROW and WIDE, a power of the width."""
+        if cls.small_lr is None or width >= WIDE:
+            return cls.lr
+        if width <= NARROW:
+            return cls.small_lr
+        return float(f"{cls.small_lr * (cls.lr / cls.small_lr) ** math.log(width / NARROW, WIDE / NARROW):.2g}")
 
     @property
     def parts(self) -> tuple[Config, ...]:

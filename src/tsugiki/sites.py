@@ -163,6 +163,11 @@ def decoder_layers(model: nn.Module, family: Family | None = None) -> nn.ModuleL
     return find(model, (family or family_of(model)).layers, "layers")
 
 
+def width(model: nn.Module) -> int:
+    """The hidden width of a model: of its token embeddings, which every Hugging Face model tells, known family or not."""
+    return model.get_input_embeddings().weight.shape[1]
+
+
 def _value(layer: nn.Module, path: str) -> object:
     """An attribute of a module inside a layer: "self_attn.head_dim"."""
     owner, _, name = path.rpartition(".")

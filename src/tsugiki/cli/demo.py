@@ -22,7 +22,7 @@ def add(commands) -> None:
     p.add_argument("--out", default="runs/demo", help="folder of the run (%(default)s)")
     p.add_argument("--method", default="lora", help="any method (%(default)s)")
     p.add_argument("--epochs", type=float, default=3.0, help="passes over the rows (%(default)s)")
-    p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (%(default)s)")
+    p.add_argument("--lr", type=float, default=None, help="peak learning rate (default: the method's)")
     p.add_argument("--again", action="store_true", help="delete the folder's earlier run first")
     common(p, base=False)
     p.set_defaults(run=run, parser=p)

@@ -92,6 +92,7 @@ class AdaLoRA(Config):
     name: ClassVar[str] = "adalora"
     edit: ClassVar[type[Edit]] = AdaLoRAEdit
     lr: ClassVar[float] = 1e-3
+    small_lr: ClassVar[float] = 8e-3
     peft: ClassVar[Peft] = Peft(
         "ADALORA", size="init_r",
         fields={"rank": "init_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "every": "deltaT", "beta1": "beta1",

@@ -81,6 +81,7 @@ class BOFT(Config):
     name: ClassVar[str] = "boft"
     edit: ClassVar[type[Edit]] = BOFTEdit
     lr: ClassVar[float] = 1e-3
+    small_lr: ClassVar[float] = 4e-3
     peft: ClassVar[Peft] = Peft(
         "BOFT", fields={"size": "boft_block_size", "blocks": "boft_block_num", "factors": "boft_n_butterfly_factor"},
         tensors={"R": "boft_R", "s": "boft_s"}, shapes={"s": (-1, 1)}, fits=only_linear, size="boft_block_size",

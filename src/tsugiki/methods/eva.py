@@ -136,6 +136,7 @@ class EVA(LoRA):
     name: ClassVar[str] = "eva"
     edit: ClassVar[type[Edit]] = EVAEdit
     lr: ClassVar[float] = 2e-4
+    small_lr: ClassVar[float] = 2e-3
 
     @torch.no_grad()
     def prepare(self, adapter: Any, forward: Callable[[], Any]) -> None:

@@ -22,6 +22,7 @@ class Full(Config):
 
     name: ClassVar[str] = "full"
     lr: ClassVar[float] = 2e-5
+    small_lr: ClassVar[float] = 5e-4
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -76,6 +76,7 @@ class IA3(Config):
     name: ClassVar[str] = "ia3"
     edit: ClassVar[type[Edit]] = OutputEdit
     lr: ClassVar[float] = 3e-3
+    small_lr: ClassVar[float] = 0.1
     peft: ClassVar[Peft] = Peft(
         "IA3", tensors={"l": "ia3_l", "l_in": "ia3_l"}, shapes={"l": (-1, 1), "l_in": (1, -1)}, size="target_modules",
         write=_written, read=_read,

@@ -39,6 +39,7 @@ class SeriesLinear(LinearBottlenecks):
 
     name: ClassVar[str] = "series_linear"
     lr: ClassVar[float] = 3e-4
+    small_lr: ClassVar[float] = 1e-2
     variants: ClassVar[tuple[dict, ...]] = ({"targets": "linear"},)
 
     @property
@@ -73,3 +74,4 @@ class ParallelLinear(LinearBottlenecks):
     name: ClassVar[str] = "parallel_linear"
     edit: ClassVar[type[Edit]] = ParallelEdit
     lr: ClassVar[float] = 3e-4
+    small_lr: ClassVar[float] = 3e-3

@@ -48,6 +48,7 @@ class LNTuning(Config):
     name: ClassVar[str] = "ln_tuning"
     edit: ClassVar[type[Edit]] = LNTuningEdit
     lr: ClassVar[float] = 1e-3
+    small_lr: ClassVar[float] = 3e-2
     peft: ClassVar[Peft] = Peft(
         "LN_TUNING", tensors={"weight": "ln_tuning_layers.weight", "bias": "ln_tuning_layers.bias"},
         size="target_modules", known=frozenset({"target_modules"}), neutral=TUNER)

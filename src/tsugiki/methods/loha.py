@@ -57,6 +57,7 @@ class LoHa(Config):
     name: ClassVar[str] = "loha"
     edit: ClassVar[type[Edit]] = LoHaEdit
     lr: ClassVar[float] = 1e-3
+    small_lr: ClassVar[float] = 3e-3
     peft: ClassVar[Peft] = Peft(
         "LOHA", fields={"rank": "r", "alpha": "alpha"}, known=frozenset({"target_modules"}), fits=only_linear,
         tensors={f"w{n}_{f}": f"hada_w{n}_{f}" for n in "12" for f in "ab"},

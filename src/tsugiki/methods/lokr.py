@@ -76,6 +76,7 @@ class LoKr(Config):
     name: ClassVar[str] = "lokr"
     edit: ClassVar[type[Edit]] = LoKrEdit
     lr: ClassVar[float] = 1e-3
+    small_lr: ClassVar[float] = 1e-2
     peft: ClassVar[Peft] = Peft(
         "LOKR", known=frozenset({"target_modules", "rank_dropout_scale"}), fits=only_linear,
         fields={"rank": "r", "alpha": "alpha", "factor": "decompose_factor", "decompose_both": "decompose_both"},

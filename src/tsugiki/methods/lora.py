@@ -98,6 +98,7 @@ class LoRA(Config):
     name: ClassVar[str] = "lora"
     edit: ClassVar[type[Edit]] = LoRAEdit
     lr: ClassVar[float] = 2e-4
+    small_lr: ClassVar[float] = 2e-3
     peft: ClassVar[Peft] = Peft(
         "LORA", fields={"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora",
                         "ranks": "rank_pattern", "alphas": "alpha_pattern", "bias": "lora_bias"},

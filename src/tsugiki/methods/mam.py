@@ -22,6 +22,7 @@ class MAM(Tables, Config):
 
     name: ClassVar[str] = "mam"
     lr: ClassVar[float] = 1e-3
+    small_lr: ClassVar[float] = 2e-3
 
     @property
     def parts(self) -> tuple[Config, ...]:

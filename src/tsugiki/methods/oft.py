@@ -114,6 +114,7 @@ class OFT(Config):
     name: ClassVar[str] = "oft"
     edit: ClassVar[type[Edit]] = OFTEdit
     lr: ClassVar[float] = 1e-3
+    small_lr: ClassVar[float] = 4e-3
     peft: ClassVar[Peft] = Peft(
         "OFT", fields={"blocks": "r", "size": "oft_block_size", "shared": "block_share", "neumann": "use_cayley_neumann",
                        "terms": "num_cayley_neumann_terms", "constrained": "coft", "eps": "eps"},

@@ -28,3 +28,4 @@ class Parallel(Bottlenecks):
     name: ClassVar[str] = "parallel"
     edit: ClassVar[type[Edit]] = ParallelEdit
     lr: ClassVar[float] = 1e-3
+    small_lr: ClassVar[float] = 2e-3

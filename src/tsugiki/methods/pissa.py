@@ -73,6 +73,7 @@ class PiSSA(LoRA):
     name: ClassVar[str] = "pissa"
     edit: ClassVar[type[Edit]] = PiSSAEdit
     lr: ClassVar[float] = 2e-5
+    small_lr: ClassVar[float] = 1e-3
 
     def stored(self, adapter: Any) -> tuple[Config, dict[str, Tensor]]:
         """[B, -B0] [A; A0]: the same function as a plain LoRA, which needs neither the method nor its start to be read."""
@@ -95,3 +96,4 @@ class OLoRA(PiSSA):
     name: ClassVar[str] = "olora"
     edit: ClassVar[type[Edit]] = OLoRAEdit
     lr: ClassVar[float] = 2e-4
+    small_lr: ClassVar[float] = 1e-3

@@ -46,6 +46,7 @@ class PTuning(Tables, Config):
     name: ClassVar[str] = "ptuning"
     edit: ClassVar[type[Edit]] = EncodedPromptEdit
     lr: ClassVar[float] = 1e-3
+    small_lr: ClassVar[float] = 1e-2
     targets: ClassVar[tuple[str, ...]] = ("embed",)
     variants: ClassVar[tuple[dict, ...]] = ({"hidden": 0},)
     peft: ClassVar[Peft] = Peft(

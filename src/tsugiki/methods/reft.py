@@ -50,4 +50,5 @@ class LoReFT(Config):
     name: ClassVar[str] = "reft"
     edit: ClassVar[type[Edit]] = ReFTEdit
     lr: ClassVar[float] = 2e-3
+    small_lr: ClassVar[float] = 4e-3
     variants: ClassVar[tuple[dict, ...]] = ({"first": 2, "last": 0},)

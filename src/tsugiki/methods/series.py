@@ -25,6 +25,7 @@ class Series(Bottlenecks):
     name: ClassVar[str] = "series"
     edit: ClassVar[type[Edit]] = SeriesEdit
     lr: ClassVar[float] = 1e-3
+    small_lr: ClassVar[float] = 2e-3
     variants: ClassVar[tuple[dict, ...]] = ({"start": "bert"},)
 
 
@@ -36,4 +37,5 @@ class Pfeiffer(Bottlenecks):
     name: ClassVar[str] = "pfeiffer"
     edit: ClassVar[type[Edit]] = SeriesEdit
     lr: ClassVar[float] = 1e-3
+    small_lr: ClassVar[float] = 2e-3
     variants: ClassVar[tuple[dict, ...]] = ({"norm": "before"}, {"norm": "after"})

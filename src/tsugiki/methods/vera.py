@@ -69,6 +69,7 @@ class VeRA(Config):
     name: ClassVar[str] = "vera"
     edit: ClassVar[type[Edit]] = VeRAEdit
     lr: ClassVar[float] = 4e-3
+    small_lr: ClassVar[float] = 5e-2
     peft: ClassVar[Peft] = Peft(
         "VERA", fields={"rank": "r", "d_initial": "d_initial", "dropout": "vera_dropout", "seed": "projection_prng_key",
                         "projections": "save_projection"},

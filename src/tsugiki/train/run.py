@@ -31,7 +31,7 @@ from tsugiki.load import compute_dtype, pad_id, stored_dtype
 from tsugiki.memory import MAPPED, keep_freed_memory
 from tsugiki.methods import Full, make
 from tsugiki.route import token_keys
-from tsugiki.sites import family_of, find
+from tsugiki.sites import family_of, find, width
 from tsugiki.train.layout import choose_layout, largest_tensor
 from tsugiki.train.log import MetricsFile, console
 from tsugiki.train.loop import Job, Progress, fit
@@ -178,7 +178,8 @@ def run(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, *, quiet: bool 
     device = next(iter(params.values())).device
     autocast = full and compute_dtype(train.dtype, device) == torch.bfloat16
     base = nullcontext if full else partial(attach(model).use, None)
-    job = Job(model, params, examples, train, method.lr if train.lr is None else train.lr, pad_id(tokenizer),
+    rate = method.rate(width(model)) if train.lr is None else train.lr
+    job = Job(model, params, examples, train, rate, pad_id(tokenizer),
               choose_layout(model, examples, train, virtual=bool(adapter and adapter.virtual)),
               route=route_of(cfg, adapter), evaluate=scoring,
               untrained=base, adapter=adapter,
@@ -189,7 +190,8 @@ def run(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, *, quiet: bool 
     trainable, total = sum(p.numel() for p in params.values()), _count(model, params, full)
     say(f"{type(method).name}: {trainable:,} of {total:,} parameters trained ({trainable / total:.2%}), {job.steps} steps, "
         f"{'bf16' if autocast else str(model.dtype)[6:]} on {device.type}, "
-        f"{f'base in {b} bits, ' if (b := few_bits(model)) else ''}layout {job.layout}")
+        f"{f'base in {b} bits, ' if (b := few_bits(model)) else ''}layout {job.layout}, learning rate {rate:g}"
+        + (f" ({type(method).name}'s for a base {width(model)} wide)" if train.lr is None else ""))
     picked = rows.held_out[:3] if any(c.kind != "text" for c in rows.held_out[:3]) else []
     answers = partial(generate_answers, model, renderer, picked, cfg.eval.max_new_tokens, 8, pad_id(tokenizer)) if picked else None
     claim(out, cfg, rows.fingerprint)                 # from here on the folder is this run's
