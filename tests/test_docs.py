@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -58,6 +59,32 @@ def test_the_configuration_page_has_every_key():
 def test_the_pages_yaml_is_a_configuration():
     import yaml
     assert build(tsugiki.RunConfig, yaml.safe_load(blocks("docs/configuration.md", "yaml")[0])).method["rank"] == 16
+
+
+def results(path: Path, **accuracy: float) -> Path:
+    """A results file of one seed of some methods."""
+    runs = {f"{name}/0/{METHODS[name].rate(256):g}": {"accuracy": a, "loss": 0.3, "train_loss": 0.25, "trained": 1234, "steps": 9,
+                                                       "seconds": 1.0} for name, a in accuracy.items()}
+    path.write_text(json.dumps({
+        "setup": {"rows": 9, "epochs": 1.0, "batch_size": 16, "dtype": "bf16"}, "words": "3 to 8", "base": {"accuracy": 0.5},
+        "width": 256, "environment": {}, "runs": runs}), encoding="utf-8")
+    return path
+
+
+def test_a_method_that_is_behind_on_sst2_needs_a_reason_and_the_page_prints_it(script, tmp_path, monkeypatch):
+    made_by = script.study()
+    monkeypatch.setattr(script, "study", lambda: made_by)
+    monkeypatch.setattr(script, "SST2", results(tmp_path / "results.json", lora=0.75, bitfit=0.69, prompt=0.5))
+    monkeypatch.setattr(made_by, "WHY", {"prompt": "too few numbers (arXiv:2104.08691)"})
+    page = script.sst2_section()
+    assert "| `lora` | 0.750 | 0.750 | 0.750 | 1 | 0.002 | 0.250 | 1,234 | 1 |" in page
+    assert "| `bitfit` | 0.690 | 0.250 | 1,234 | 0.70 is within the score's 95 % interval, 0.659 to 0.720 |" in page
+    assert "| `prompt` | 0.500 | 0.250 | 1,234 | too few numbers ([arXiv:2104.08691](" in page and page.count("| `lora` ") == 1
+    monkeypatch.setattr(made_by, "WHY", {})
+    with pytest.raises(SystemExit, match=r"^prompt: 0.500 is below 0.70 and WHY in benchmarks/methods_sst2.py gives no reason$"):
+        script.sst2_section()
+    monkeypatch.setattr(script, "SST2", results(tmp_path / "results.json", lora=0.70))
+    assert "None is below 0.70." in script.sst2_section()
 
 
 def test_the_readme_names_every_method_family_and_format():
