@@ -49,8 +49,8 @@ steps of {batch_size} rows. The score is the share of the 872 sentences of dev.t
 one; the base alone gives {base:.3f}. `make methods DATA=DIR` goes on with the runs that are missing, seeds 0, 1 and 2 of every
 method, and makes the table.
 
-The rates for a base 256 wide are those with the least loss on 300 whole sentences of the training file, none of whose pieces
-was trained on, after {search_rows:,} phrases with seed 0 and without a look at dev.tsv; what was tried is in
+The rates for a base 256 wide are, of those tried, the ones with the least loss on 300 sentences of the training file, no piece of
+which was trained on, after {search_rows:,} phrases with seed 0 and without a look at dev.tsv; what was tried is in
 `benchmarks/results/methods_sst2_search.json`. Large models want the rates of the papers; `train.lr` says which is used.
 
 The training loss is the mean of the last {last} steps, in nats a token. A row trains two tokens, the word and the end of the

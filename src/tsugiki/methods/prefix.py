@@ -55,7 +55,7 @@ class Prefix(Tables, Config):
     name: ClassVar[str] = "prefix"
     edit: ClassVar[type[Edit]] = PrefixEdit
     lr: ClassVar[float] = 1e-2
-    small_lr: ClassVar[float] = 0.1
+    small_lr: ClassVar[float] = 0.3
     targets: ClassVar[tuple[str, ...]] = ("key", "value")
     variants: ClassVar[tuple[dict, ...]] = ({"hidden": 8},)
     peft: ClassVar[Peft] = Peft(
