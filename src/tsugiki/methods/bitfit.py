@@ -35,7 +35,7 @@ class BitFit(Config):
     name: ClassVar[str] = "bitfit"
     edit: ClassVar[type[Edit]] = BitFitEdit
     lr: ClassVar[float] = 1e-3
-    small_lr: ClassVar[float] = 8e-3
+    small_lr: ClassVar[float] = 4e-3
     peft: ClassVar[Peft] = Peft(                      # its BEFT is this, said of the values' linear (2025, arXiv:2509.15974)
         "BEFT", tensors={"offset": "beft_bias"}, shapes={"offset": (1, -1)}, size="target_modules", fits=only_linear,
         known=frozenset({"target_modules"}), neutral=TUNER | {"init_weights": (True, False)})
