@@ -42,19 +42,19 @@ WORDS = range(3, 9)                                   # length of the phrases tr
 HELD_OUT = 300                                        # sentences of train_full.tsv that a search scores on
 LAST = 100                                            # steps whose mean is the training loss that is reported
 PASS = 0.70                                           # what every method should reach; those that do not need a reason:
-PROMPTS = "prompts need a large base: in Lester et al. 2021 (arXiv:2104.08691, figure 1) the gap closes only at 10 billion parameters"
+LARGE = "prompts want a large base: in Lester et al. 2021 (arXiv:2104.08691, figure 1) the gap closes at 10 billion parameters"
 WHY = {
-    "prompt": f"does not fit: its training loss is above that of guessing. It reaches the frozen model by a few inputs only; {PROMPTS}",
-    "ptuning": f"does not fit: its training loss is above that of guessing. It reaches the frozen model by a few inputs only; {PROMPTS}",
-    "prefix": "hardly fits: its training loss is about that of guessing. Fixed keys and values only add to what the frozen attention "
-              "already computes",
-    "llama_adapter": "hardly fits: its training loss is about that of guessing. Fixed prompts in attention only add to what the frozen "
-                     "attention already computes",
-    "bitfit": "hardly fits: its training loss is little below that of guessing. The same vector is added at every token, so what tells "
-              "two phrases apart is left to the frozen weights",
-    "ia3": "trains few numbers, one factor a feature, and so fits less than the methods above 0.70 (training loss)",
-    "ln_tuning": "trains the fewest numbers after `prompt`, and so fits less than the methods above 0.70 (training loss)",
-    "reft": "changes one subspace of four dimensions a layer, and so fits less than the methods above 0.70 (training loss)",
+    "prompt": f"does not fit: its training loss is above that of guessing; {LARGE}",
+    "ptuning": f"does not fit: its training loss is above that of guessing; {LARGE}",
+    "prefix": "hardly fits: its training loss is about that of guessing; fixed keys and values add to what the frozen attention "
+              "computes, and change none of it",
+    "llama_adapter": "hardly fits: its training loss is about that of guessing; fixed prompts add to what the frozen attention "
+                     "computes, and change none of it",
+    "bitfit": "hardly fits: its training loss is little below that of guessing; the same vector is added at every token, so what "
+              "tells two phrases apart is left to the frozen weights",
+    "ia3": "fits less than those above 0.70 (training loss): it trains few numbers, a factor a feature",
+    "ln_tuning": "fits less than those above 0.70 (training loss): it trains few numbers, a factor a feature of the norms",
+    "reft": "fits less than those above 0.70 (training loss): it changes a subspace of four dimensions a layer, at some tokens",
 }
 
 
