@@ -54,7 +54,7 @@ WHY = {
               "tells two phrases apart is left to the frozen weights",
     "ia3": "fits less than those above 0.70 (training loss): it trains few numbers, a factor a feature",
     "ln_tuning": "fits less than those above 0.70 (training loss): it trains few numbers, a factor a feature of the norms",
-    "reft": "fits less than those above 0.70 (training loss): it changes a subspace of four dimensions a layer, at some tokens",
+    "reft": "fits less than those above 0.70 (training loss): it changes a subspace of 8 dimensions a layer, at some tokens",
 }
 
 
