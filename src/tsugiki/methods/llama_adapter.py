@@ -123,7 +123,7 @@ class LlamaAdapter(Config):
 
     name: ClassVar[str] = "llama_adapter"
     lr: ClassVar[float] = 9e-3
-    small_lr: ClassVar[float] = 3e-2
+    small_lr: ClassVar[float] = 0.1
     targets: ClassVar[tuple[str, ...]] = ("o",)
     variants: ClassVar[tuple[dict, ...]] = ({"gate": "layer"}, {"last": 1})
 

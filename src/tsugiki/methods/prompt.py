@@ -52,7 +52,7 @@ class Prompt(Config):
     name: ClassVar[str] = "prompt"
     edit: ClassVar[type[Edit]] = PromptEdit
     lr: ClassVar[float] = 3e-2
-    small_lr: ClassVar[float] = 0.3
+    small_lr: ClassVar[float] = 3.0
     targets: ClassVar[tuple[str, ...]] = ("embed",)
     variants: ClassVar[tuple[dict, ...]] = ({"start": "random"},)
     peft: ClassVar[Peft] = Peft(
