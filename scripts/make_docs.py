@@ -9,6 +9,7 @@ probed (see src/tsugiki/capabilities.py), which takes about a minute.
 """
 from __future__ import annotations
 
+import collections
 import dataclasses
 import importlib.util
 import inspect
@@ -51,7 +52,7 @@ method, and makes the table.
 
 The rates for a base 256 wide are, of those tried, the ones with the least loss on 300 sentences of the training file, no piece of
 which was trained on, after {search_rows:,} phrases with seed 0 and without a look at dev.tsv; what was tried is in
-`benchmarks/results/methods_sst2_search.json`. Large models want the rates of the papers; `train.lr` says which is used.
+`benchmarks/results/methods_sst2_search.json`, for {once} methods a single rate. Large models want the rates of the papers.
 
 The training loss is the mean of the last {last} steps, in nats a token. A row trains two tokens, the word and the end of the
 answer, so one that knows the two words and guesses between them has {guess:.3f} (ln 2 / 2).
@@ -211,9 +212,10 @@ def sst2_section() -> str:
     rates = {name: cls.rate(found["width"]) for name, cls in METHODS.items()}
     runs = {name: made_by.of_method(found, name, lr) for name, lr in rates.items()}
     search = json.loads(made_by.SEARCH.read_text(encoding="utf-8"))
+    tried = collections.Counter(key.partition("/")[0] for key in search["search"])
     text = SST2_TEXT.format(**found["setup"], words=found["words"], base=found["base"]["accuracy"], width=found["width"],
                             steps=max((r.get("steps", 0) for of in runs.values() for r in of), default=0),
-                            search_rows=search["setup"]["rows"], last=made_by.LAST, guess=math.log(2) / 2,
+                            search_rows=search["setup"]["rows"], once=sum(n == 1 for n in tried.values()), last=made_by.LAST, guess=math.log(2) / 2,
                             env=", ".join(f"{k} {v}" for k, v in found["environment"].items() if v != ""))
     head = ("method", "accuracy", "least", "most", "seeds", "rate", "train loss", "trained", "seconds")
     below = [row for name, of in runs.items() if (row := sst2_exception(made_by, name, of))]
