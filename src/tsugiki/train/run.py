@@ -32,7 +32,7 @@ from tsugiki.memory import MAPPED, keep_freed_memory
 from tsugiki.methods import Full, make
 from tsugiki.route import token_keys
 from tsugiki.sites import family_of, find
-from tsugiki.train.layout import choose_layout, largest_tensor
+from tsugiki.train.layout import arranged, largest_tensor
 from tsugiki.train.log import MetricsFile, console
 from tsugiki.train.loop import Job, Progress, fit
 from tsugiki.train.report import write_report
@@ -177,28 +177,26 @@ def run(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, *, quiet: bool 
         scoring = partial(evaluate, model, renderer, rows.held_out, cfg.eval, pad_id(tokenizer), limit)
     device = next(iter(params.values())).device
     autocast = full and compute_dtype(train.dtype, device) == torch.bfloat16
-    base = nullcontext if full else partial(attach(model).use, None)
-    job = Job(model, params, examples, train, method.lr if train.lr is None else train.lr, pad_id(tokenizer),
-              choose_layout(model, examples, train, virtual=bool(adapter and adapter.virtual)),
-              route=route_of(cfg, adapter), evaluate=scoring,
-              untrained=base, adapter=adapter,
-              autocast=partial(torch.autocast, device.type, torch.bfloat16) if autocast else nullcontext)
-    if train.compile:
-        for layer in find(model, family_of(model).layers, "layers"):
-            layer.compile()
-    trainable, total = sum(p.numel() for p in params.values()), _count(model, params, full)
-    say(f"{type(method).name}: {trainable:,} of {total:,} parameters trained ({trainable / total:.2%}), {job.steps} steps, "
-        f"{'bf16' if autocast else str(model.dtype)[6:]} on {device.type}, "
-        f"{f'base in {b} bits, ' if (b := few_bits(model)) else ''}layout {job.layout}")
-    picked = rows.held_out[:3] if any(c.kind != "text" for c in rows.held_out[:3]) else []
-    answers = partial(generate_answers, model, renderer, picked, cfg.eval.max_new_tokens, 8, pad_id(tokenizer)) if picked else None
-    claim(out, cfg, rows.fingerprint)                 # from here on the folder is this run's
-    progress = fit(job, out, quiet=quiet, say=say,
-                   samples=(lambda: [{"before": a} for a in answers()]) if answers else None)
-    saved = _save(model, tokenizer, adapter, cfg, renderer, rows.train[0].kind)
+    with arranged(model, examples, train, virtual=bool(adapter and adapter.virtual)) as layout:
+        job = Job(model, params, examples, train, method.lr if train.lr is None else train.lr, pad_id(tokenizer), layout,
+                  route=route_of(cfg, adapter), evaluate=scoring,
+                  untrained=nullcontext if full else partial(attach(model).use, None), adapter=adapter,
+                  autocast=partial(torch.autocast, device.type, torch.bfloat16) if autocast else nullcontext)
+        if train.compile:
+            for layer in find(model, family_of(model).layers, "layers"):
+                layer.compile()
+        trainable, total = sum(p.numel() for p in params.values()), _count(model, params, full)
+        say(f"{type(method).name}: {trainable:,} of {total:,} parameters trained ({trainable / total:.2%}), {job.steps} steps, "
+            f"{'bf16' if autocast else str(model.dtype)[6:]} on {device.type}, "
+            f"{f'base in {b} bits, ' if (b := few_bits(model)) else ''}layout {job.layout}")
+        picked = rows.held_out[:3] if any(c.kind != "text" for c in rows.held_out[:3]) else []
+        answers = partial(generate_answers, model, renderer, picked, cfg.eval.max_new_tokens, 8, pad_id(tokenizer))
+        claim(out, cfg, rows.fingerprint)             # from here on the folder is this run's
+        progress = fit(job, out, quiet=quiet, say=say, samples=(lambda: [{"before": a} for a in answers()]) if picked else None)
+        saved = _save(model, tokenizer, adapter, cfg, renderer, rows.train[0].kind)
+        shown = [s | {"prompt": c.prompt_text, "expected": c.reference, "after": a}
+                 for s, c, a in zip(progress.samples, picked, answers() if picked else [], strict=False)]
     result = Result(out, saved, progress, job.steps, trainable, total)
-    shown = [s | {"prompt": c.prompt_text, "expected": c.reference, "after": a}
-             for s, c, a in zip(progress.samples, picked, answers() if answers else [], strict=False)]
     write_report(out / "report.html", _report(result, cfg, params, shown, type(method).name))
     return result
 
