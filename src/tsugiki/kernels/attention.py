@@ -190,8 +190,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, ends: Tensor | None, scal
     rows, length = query.shape[0], query.shape[2]
     if ends is None:
         ends = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=query.device)
-    longest = length if rows == 1 else int(length)
-    out = varlen_attn(_tokens(query), _tokens(key), _tokens(value), ends, ends, longest, longest, scale=scale,
+    out = varlen_attn(_tokens(query), _tokens(key), _tokens(value), ends, ends, length, length, scale=scale,
                       window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1])
     return out.view(rows, length, *out.shape[1:])
 
@@ -219,8 +218,8 @@ def _has_varlen(query: Tensor, value: Tensor) -> bool:
 def _mask(batch_size: int, q_length: int, kv_length: int, *args, attention_mask: Tensor | None = None,
           local_size: int | None = None, **kwargs) -> Tensor | None:
     """No mask where attention is plain and causal; transformers' own where rows are padded, cached, or wider than a window."""
-    plain = q_length == kv_length and (attention_mask is None or attention_mask.shape[1] == kv_length and bool(attention_mask.all()))
-    if plain and (local_size is None or kv_length <= local_size):
+    whole = attention_mask is None or attention_mask.shape[1] == kv_length and bool(attention_mask.all())
+    if whole and q_length == kv_length and (local_size is None or kv_length <= local_size):
         return None
     return sdpa_mask(batch_size, q_length, kv_length, *args, attention_mask=attention_mask, local_size=local_size, **kwargs)
 

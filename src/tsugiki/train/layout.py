@@ -12,6 +12,7 @@ from tsugiki.data.batch import micro_batches, step_rows
 from tsugiki.data.render import Example
 from tsugiki.errors import UserError
 from tsugiki.kernels.attention import active, by_document
+from tsugiki.kernels.head import LOGITS
 from tsugiki.train.loss import takes_positions
 
 # Packing pays where padding would waste more than this share of the tokens: a dense block mask costs about as much.
@@ -96,15 +97,18 @@ def _waste(examples: Sequence[Example], cfg: TrainConfig) -> float:
     for step in range(8):
         rows = step_rows(len(examples), cfg.batch_size, cfg.seed, step)
         lengths = {i: len(examples[i].ids) for i in rows}
-        for forward in micro_batches(lengths, rows, "pad", max(cfg.max_tokens, cfg.max_length)):
+        for forward in micro_batches(lengths, rows, "pad", cfg.forward_tokens):
             real += sum(lengths[row[0]] for row in forward)
             area += len(forward) * max(lengths[row[0]] for row in forward)
     return 1 - real / area
 
 
 def largest_tensor(model: nn.Module, examples: Sequence[Example], cfg: TrainConfig) -> int:
-    """About how many bytes one forward's largest tensor has: its logits in float32."""
+    """About how many bytes one forward's largest tensor has: some logits in float32, or what a layer is widest at."""
     sample = examples[:1000]
     tokens, trained = sum(len(e.ids) for e in sample), sum(sum(e.trained) for e in sample)
-    forward = min(max(cfg.max_tokens, cfg.max_length), cfg.batch_size * tokens / len(sample))
-    return int(forward * trained / tokens * model.get_input_embeddings().weight.shape[0] * 4)
+    forward = min(cfg.forward_tokens, cfg.batch_size * tokens / len(sample))
+    logits = min(LOGITS, int(forward * trained / tokens * model.get_input_embeddings().weight.shape[0]))
+    widest = max((min(w.shape) and max(w.shape) for w in model.parameters() if w.dim() == 2 and w is not
+                  model.get_input_embeddings().weight), default=0)
+    return max(4 * logits, int(forward * widest) * model.dtype.itemsize)

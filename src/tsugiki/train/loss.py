@@ -17,7 +17,8 @@ from tsugiki.route import before_first
 
 
 @contextmanager
-def _head_sees(model: nn.Module, rows: torch.Tensor, columns: torch.Tensor, width: int, whole: bool) -> Iterator[list[torch.Tensor]]:
+def _head_sees(model: nn.Module, rows: torch.Tensor, columns: torch.Tensor, width: int,
+               whole: bool) -> Iterator[list[torch.Tensor]]:
     """Give the output head just the hidden states at (rows, columns), as (N, 1, D), or only the first of them unless `whole`.
     Yields a list that the forward leaves all of them in, (N, D).
 
