@@ -38,7 +38,7 @@ GRAPH: dict[str, set[str]] = {
     "data": {"errors"},
     "config": {"data", "errors"},
     "train.loss": {"core", "data"},                           # the trainer's and the evaluator's
-    "evaluate": {"config", "data", "errors", "load", "train.loss"},
+    "evaluate": {"config", "core", "data", "errors", "load", "train.loss"},
     "train": {"config", "core", "data", "errors", "evaluate", "formats", "load", "memory", "methods", "sites", "train.loss",
               "weights"},
     "capabilities": {"combine", "core", "errors", "formats", "load", "methods", "sites", "weights"},

@@ -52,6 +52,7 @@ def answer(loaded, conversation, adapter: str | None, args: argparse.Namespace, 
     from transformers import TextStreamer
 
     from tsugiki.evaluate.answers import room
+    from tsugiki.evaluate.decode import Decoder
     from tsugiki.load import pad_id
     renderer = loaded.renderer(adapter)
     prompt = renderer.prompt(conversation)
@@ -68,7 +69,8 @@ def answer(loaded, conversation, adapter: str | None, args: argparse.Namespace, 
     if stream:
         kw["streamer"] = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.no_grad(), loaded.adapters.use(adapter):
-        out = loaded.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **kw)
+        decoder = Decoder(loaded.model, steps=kw["max_new_tokens"])
+        out = decoder.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **kw)
     return renderer.answer(out[0, len(prompt):].tolist())
 
 

@@ -49,9 +49,11 @@ class Decoder:
         goes with the rows.
         """
         kept = _Kept(streamer) if streamer is not None else None
+        draws = torch.get_rng_state()
         try:
             return self.model.generate(input_ids=input_ids, streamer=kept, custom_generate=partial(_loop, self.body), **options)
         except _Unknown:
+            torch.set_rng_state(draws)
             if kept is not None and kept.shown:       # begun, and only then found to be unknown: do not say it twice
                 streamer = _Silent(streamer, kept.shown)
             return self.model.generate(input_ids=input_ids, streamer=streamer, **options)
