@@ -17,7 +17,7 @@ from tsugiki.evaluate.packed import Packed, packed
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 WHO = [name for name in ("lora", "series", "prefix", "prompt", "llama_adapter", "reft", "bitfit", "ia3") if name in METHOD_CASES]
-STOPS = list(range(30, 60))
+STOPS = list(range(3, 200, 3))
 family = pytest.mark.parametrize("kind", SPECS)
 
 
@@ -59,7 +59,7 @@ def test_greedy_tokens_are_those_of_transformers_with_an_adapter_of_another_meth
     stopped = options | {"eos_token_id": STOPS}
     seen.clear()
     assert torch.equal(decoder.generate(**stopped), model.generate(**stopped))
-    assert seen[-1:] != [len(who)] and seen == sorted(seen, reverse=True), "no row left"
+    assert seen and seen[-1] < len(who) and seen == sorted(seen, reverse=True), "no row left"
     assert not torch.equal(want, model.generate(**options | {"adapter_ids": None}))
     with model.adapters.use(who):
         assert torch.equal(decoder.generate(**options | {"adapter_ids": None}), want)
@@ -90,7 +90,8 @@ def test_in_bfloat16_tokens_differ_only_where_two_logits_tie(kind, seen):
             assert abs(logits[x[at]] - logits[y[at]]) <= 0.02 * logits.abs().max(), (i, at)
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.7}, {"top_p": 0.8}, {"top_k": 5}, {"temperature": 1.3, "num_return_sequences": 2}])
+@pytest.mark.parametrize("options", [{"temperature": 0.7}, {"top_p": 0.8}, {"top_k": 5},
+                                     {"temperature": 1.3, "num_return_sequences": 2}])
 def test_sampled_tokens_after_the_same_seed_are_the_same(options, seen):
     model = tiny("llama", F64)
     options = left_padded(4) | options | {"max_new_tokens": 10, "do_sample": True, "eos_token_id": STOPS}
@@ -267,11 +268,12 @@ def test_the_cache_holds_what_was_put_in_and_the_rows_that_were_kept(length):
     for start, end in ((0, length), *((n, n + 1) for n in range(length, length + 70))):
         if start == length + 30:
             keep = torch.tensor([3, 1])
-            cache.select(keep)
+            cache.select(keep, 3)
             k, v = k[keep], v[keep]
-        assert cache.get_seq_length() == start and cache.layers[0:1] == [] or cache.layers[0].get_mask_sizes(1) == (start + 1, 0)
+        cut = 3 if start >= length + 30 else 0
+        assert cache.get_seq_length() == start - cut and cache.get_mask_sizes(1, 0) == (start - cut + 1, 0)
         keys, values = cache.update(k[..., start:end, :], v[..., start:end, :], 0)
-        assert torch.equal(keys, k[..., :end, :]) and torch.equal(values, v[..., :end, :])
+        assert torch.equal(keys, k[..., cut:end, :]) and torch.equal(values, v[..., cut:end, :])
 
 
 def test_answers_and_the_command_line_go_through_the_loop():

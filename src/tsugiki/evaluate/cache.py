@@ -1,7 +1,6 @@
 """Keys and values of a generation, written in place into buffers that grow by a block at a time."""
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -44,8 +43,9 @@ class Layer(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
 
-    def select(self, rows: Tensor) -> None:
-        self.buffers = tuple(b[rows] for b in self.buffers)
+    def select(self, rows: Tensor, cut: int = 0) -> None:
+        self.buffers = tuple(b[rows, ..., cut:, :] for b in self.buffers)
+        self.length -= cut
         self.keys, self.values = (b[..., :self.length, :] for b in self.buffers)
 
 
@@ -55,10 +55,10 @@ class Grown(Cache):
     def begin(self) -> None:
         """Before each forward."""
 
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows, (n,) int64."""
+    def select(self, rows: Tensor, cut: int = 0) -> None:
+        """Keep these rows, (n,) int64, without their first `cut` positions."""
         for layer in self.layers:
-            layer.select(rows)
+            layer.select(rows, cut)
 
 
 def grown() -> Grown:

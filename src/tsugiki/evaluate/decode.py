@@ -51,7 +51,8 @@ class Decoder:
         kept = _Kept(streamer) if streamer is not None else None
         draws = torch.get_rng_state()
         try:
-            return self.model.generate(input_ids=input_ids, streamer=kept, custom_generate=partial(_loop, self.body), **options)
+            return self.model.generate(input_ids=input_ids, streamer=kept, custom_generate=partial(_loop, self.body, kept),
+                                       **options)
         except _Unknown:
             torch.set_rng_state(draws)
             if kept is not None and kept.shown:       # begun, and only then found to be unknown: do not say it twice
@@ -85,11 +86,10 @@ class _Silent(_Kept):
             self.streamer.put(value)
 
 
-def _loop(body: nn.Module, model: nn.Module, input_ids: Tensor, logits_processor: LogitsProcessorList,
-          stopping_criteria: StoppingCriteriaList, generation_config: Any, synced_gpus: bool = False, streamer: Any = None,
-          **kwargs: Any) -> Tensor:
+def _loop(body: nn.Module, streamer: Any, model: nn.Module, input_ids: Tensor, logits_processor: LogitsProcessorList,
+          stopping_criteria: StoppingCriteriaList, generation_config: Any, **kwargs: Any) -> Tensor:
     """transformers' `_sample`, called by its `generate` after all is prepared. input_ids: (B, T)."""
-    _check(generation_config, kwargs, synced_gpus)
+    _check(generation_config, kwargs, model)
     rows = _Rows(body, model, input_ids, kwargs)
     sample = generation_config.do_sample
     pad = generation_config._pad_token_tensor
@@ -115,10 +115,11 @@ def _loop(body: nn.Module, model: nn.Module, input_ids: Tensor, logits_processor
     return rows.result(pad)
 
 
-def _check(config: Any, kwargs: dict[str, Any], synced_gpus: bool) -> None:
+def _check(config: Any, kwargs: dict[str, Any], model: nn.Module) -> None:
     """Raise _Unknown for what only transformers' own loop does."""
+    sharded = any(hasattr(p, "full_tensor") for p in model.parameters())      # every process must make the same steps
     plain = config.num_beams == 1 and config.use_cache and not (
-        synced_gpus or config.return_dict_in_generate or config.output_scores or config.output_logits
+        sharded or config.return_dict_in_generate or config.output_scores or config.output_logits
         or config.output_attentions or config.output_hidden_states or config.cache_implementation
         or config.prefill_chunk_size or config.prompt_lookup_num_tokens or config.is_assistant)
     cache = kwargs.get("past_key_values")
@@ -170,7 +171,7 @@ class _Rows:
         """Take the ended rows out of everything."""
         self.done.append((self.index[self.ended], self.ids[self.ended]))
         stay = (~self.ended).nonzero()[:, 0]
-        size = len(self.ended)
+        size, room = len(self.ended), self._virtual()
         self.ids, self.index, self.ended = self.ids[stay], self.index[stay], self.ended[stay]
         for name in ("attention_mask", "position_ids"):
             value = self.kwargs.get(name)
@@ -178,7 +179,12 @@ class _Rows:
                 self.kwargs[name] = value[stay]
         if self.who is not None:
             self.who = [self.who[i] for i in stay.tolist()]
-        self.cache.select(stay)
+        self.cache.select(stay, room - self._virtual())
+
+    def _virtual(self) -> int:
+        """Positions that virtual tokens take at the left: as many as the row with the most has."""
+        counts = self.model.adapters.virtual if self.who else {}
+        return max((counts[name][0] for row in self.who or () for name in row if name in counts), default=0)
 
     def result(self, pad: Tensor | None) -> Tensor:
         """All rows in their first order, (B, T + new)."""

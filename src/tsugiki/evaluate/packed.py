@@ -57,8 +57,8 @@ def _works(dtype: torch.dtype) -> bool:
         weight, bias, x = (torch.randn(*shape, generator=draw).to(dtype) for shape in ((192, 320), (192,), (5, 1, 320)))
         with torch.no_grad():
             copy = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-            return all(float((_product(x, copy, b) - (y := F.linear(x, weight, b))).abs().max()) <= CLOSE[dtype] * float(y.abs().max())
-                       for b in (None, bias))
+            pairs = [(F.linear(x, weight, b), _product(x, copy, b)) for b in (None, bias)]
+        return all(float((y - z).abs().max()) <= CLOSE[dtype] * float(y.abs().max()) for y, z in pairs)
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
 
