@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import METHOD_CASES, SPECS, attached, ids, tiny
 from torch import nn
-from transformers import TextStreamer
+from transformers import StoppingCriteriaList, TextStreamer
 
 from tsugiki.evaluate import packed as packing
 from tsugiki.evaluate.cache import BLOCK, Grown, grown
@@ -123,6 +123,16 @@ def test_what_the_loop_does_not_know_goes_to_transformers_own(options, seen):
     model = tiny("llama", F64)
     options = left_padded(3) | options | {"max_new_tokens": 6, "do_sample": False}
     assert torch.equal(Decoder(model, 6).generate(**options), model.generate(**options)) and not seen
+
+
+def test_rows_stay_where_a_criterion_tells_them_by_their_number(seen):
+    class Ends:
+        def __call__(self, input_ids, scores, **kw):
+            return input_ids.shape[1] >= torch.arange(11, 11 + 2 * len(input_ids), 2)
+    model = tiny("llama", F64)
+    options = left_padded(4) | {"max_new_tokens": 12, "do_sample": False, "eos_token_id": STOPS[:5]}
+    options["stopping_criteria"] = StoppingCriteriaList([Ends()])
+    assert torch.equal(Decoder(model, 12).generate(**options), model.generate(**options)) and set(seen) == {4}
 
 
 class Collector:

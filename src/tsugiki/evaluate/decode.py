@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
-from transformers.generation import logits_process as processors
 
 from tsugiki.evaluate.cache import grown
 from tsugiki.evaluate.packed import packed
@@ -21,10 +20,10 @@ from tsugiki.route import UNSET, stacks, wanted
 
 SPARSER = 0.75                                        # rows are dropped when at most this share of the batch still runs
 KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}      # arguments of a forward
-# Processors that treat each row by itself and keep nothing from step to step: rows may leave between steps.
-ROWWISE = tuple(getattr(processors, name) for name in (
-    "RepetitionPenaltyLogitsProcessor", "NoRepeatNGramLogitsProcessor", "SuppressTokensLogitsProcessor",
-    "MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor", "NoBadWordsLogitsProcessor"))
+# Processors and criteria that treat each row by itself and keep nothing from step to step: rows may leave between steps.
+ROWWISE = {"RepetitionPenaltyLogitsProcessor", "NoRepeatNGramLogitsProcessor", "SuppressTokensLogitsProcessor",
+           "MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor", "NoBadWordsLogitsProcessor",
+           "EosTokenCriteria", "MaxLengthCriteria", "StopStringCriteria"}
 
 
 class _Unknown(Exception):
@@ -93,7 +92,7 @@ def _loop(body: nn.Module, streamer: Any, model: nn.Module, input_ids: Tensor, l
     rows = _Rows(body, model, input_ids, kwargs)
     sample = generation_config.do_sample
     pad = generation_config._pad_token_tensor
-    may_drop = not sample and all(isinstance(p, ROWWISE) for p in logits_processor)
+    may_drop = not sample and {type(part).__name__ for part in (*logits_processor, *stopping_criteria)} <= ROWWISE
     logits = rows.prefill()
     while True:
         scores = logits[:, -1].to(torch.float32, copy=True)                   # (B, V)
