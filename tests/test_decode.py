@@ -240,6 +240,9 @@ def test_a_packed_linear_runs_the_hooks_follows_its_weight_and_gives_gradients()
         assert torch.equal(packed(model, 1)(x), model(x))
     twin(x).sum().backward()
     assert twin[0].weight.grad is not None
+    full = nn.Sequential(nn.Linear(64, 64))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(packed(full, 1)(x.float()), full(x.float())) and full(x.float()).dtype == BF16
 
 
 def test_only_plain_linears_are_packed_and_only_where_it_pays(monkeypatch):

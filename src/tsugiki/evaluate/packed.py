@@ -18,8 +18,9 @@ class Packed(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
-        if weight._version != self.version or weight is not self.source or torch.is_grad_enabled() or x.dtype != weight.dtype:
-            return F.linear(x, weight, self.bias)     # changed since: the copy is of another weight
+        changed = weight._version != self.version or weight is not self.source
+        if changed or x.dtype != weight.dtype or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return F.linear(x, weight, self.bias)
         return _product(x, self.copy, self.bias)
 
 
