@@ -6,8 +6,8 @@ Bases: "135m" (that shape in bfloat16 with random weights), "embedded", or a fol
 random tokens, or the lines of --prompts FILE. Cases: with and without a LoRA on every linear (the same weights for each
 side); "full", where every row makes --tokens tokens, and "stops", where rows end at different times: at the base's own stop
 tokens if that happens, else at ids drawn from what it says until the mean answer is under 40 % of --tokens. Sides alternate,
-each round runs all; medians. A step is (all - the first token) / (tokens - 1). Tokens are those of the longest answers' rows
-that count: up to each row's stop. Memory is the peak of the process above what it held before.
+each round runs all; medians. A step is (all - the first token) / (tokens - 1). What follows a row's stop is not counted as
+tokens. Memory is the peak of the process above what it held before.
 """
 from __future__ import annotations
 
