@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
+import gc
 import json
 import random
 import statistics
@@ -76,10 +78,12 @@ def stop_ids(model: nn.Module, new: Tensor, tokens: int) -> list[int]:
 
 
 def peak(run: Callable[[], object]) -> float:
-    """MiB that the process held at most while `run` ran, above before. Linux."""
+    """MiB that the process held at most while `run` ran, above before. Linux with glibc."""
     def read(key: str) -> float:
         return next(float(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
-    Path("/proc/self/clear_refs").write_text("5")
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)                  # freed memory that the process still holds would hide what a side takes
+    Path("/proc/self/clear_refs").write_text("5")     # VmHWM starts again
     before = read("VmRSS")
     run()
     return read("VmHWM") - before
