@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 from speed import report  # noqa: E402
 from speed.link import Side  # noqa: E402
-from speed.shapes import SHAPES, flops, make_rows, write_base  # noqa: E402
+from speed.shapes import SHAPES, SOURCES, flops, linears, make_rows, write_base  # noqa: E402
 from speed.sides import LR, SAME_ROWS, SIDES, offers  # noqa: E402
 
 APART = 0.02                                          # largest relative difference of the mean losses
@@ -32,18 +32,21 @@ def environment(threads: int) -> dict[str, str]:
     """The variables of every process that measures: the idle ones must not spin."""
     path = os.pathsep.join([str(HERE), str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")])
     return os.environ | {
-        "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+        "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"), "KMP_BLOCKTIME": "0",
+        "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 
 
 def fits(args, rows: list) -> bool:
-    """Whether all sides can live at once, by a rough count: weights, and what a padded batch's logits need."""
+    """Whether all sides can live at once, by a rough count: each holds weights and Python, one also a padded batch's tensors."""
     c = SHAPES[args.shape][1]
-    weights = flops(args.shape, [([0], [])], False) / 4 * (16 if args.method == "full" else 3)
+    weights = sum(n * k * times for _, n, k, times in linears(args.shape)) * (16 if args.method == "full" else 3)
     batch = args.batch_size * min(args.max_length, 1.5 * sum(len(p) + len(q) for p, q in rows) / len(rows))
-    working = 12 * batch * c["vocab_size"] + batch * c["num_hidden_layers"] * 20 * c["hidden_size"] * 2
-    with open("/proc/meminfo") as f:
-        free = next(int(line.split()[1]) for line in f if line.startswith("MemAvailable")) * 1024
+    working = batch * (12 * c["vocab_size"] + 80 * c["num_hidden_layers"] * c["hidden_size"])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return False
+    free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
     return len(args.sides) * (weights + 5e8) + 2 * working < 0.8 * free
 
 
@@ -138,7 +141,7 @@ def measure(args, say) -> dict:
     count = (args.warmup + args.steps) * args.batch_size
     data, rows = make_rows(args.shape, args.data, args.data_dir and Path(args.data_dir), count, args.max_length, args.seed)
     if data != args.data:
-        say(f"no --data-dir, so {args.data} is not to be had: {report.SOURCES[data]}")
+        say(f"no --data-dir, so {args.data} is not to be had: {SOURCES[data]}")
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": " ".join(map(str, p)), "completion": " " + " ".join(map(str, c))}) + "\n"
                             for p, c in rows))

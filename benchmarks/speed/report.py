@@ -12,6 +12,7 @@ from speed.shapes import SOURCES
 from speed.sides import SAME_ROWS, SIDES
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "unsloth")
+SAME = ("threads", "batch_size", "max_length", "warmup", "steps", "seed", "versions", "rows")   # conditions of a run
 ROW = "| {side} | {speed} | {ratio} | {share} | {peak} | {first} | {loss} | {norm} |"
 HEAD = ROW.format(side="side", speed="real tokens/s (min-max)", ratio="Tsugiki is", share="share of matrix rate", peak="peak GB",
                   first="first step s", loss="mean loss", norm="gradient norm")
@@ -60,6 +61,9 @@ def result(args, data: str, turns: str, found: dict, rate: dict, flops: float, r
             "share": statistics.median(speeds) * flops / 1e12 / rate["tflops"], "first": side["first"],
             "loss": statistics.mean(s["loss"] for s in steps), "losses": [s["loss"] for s in steps],
             "norm": statistics.median(s["norm"] for s in steps)} | {k: side[k] for k in side if k.endswith("_gb")}
+    for side in sides.values():
+        if "error" not in side and "tokens_per_second" in sides.get("tsugiki", {}):
+            side["ratio"] = sides["tsugiki"]["tokens_per_second"] / side["tokens_per_second"]
     preload = os.environ.get("LD_PRELOAD", "")
     return {"shape": args.shape, "method": args.method, "data": data, "device": device_name(args.device), "cpu": cpu_name(),
             "cores": os.cpu_count(), "threads": args.threads, "preload": Path(preload).name if preload else "", "turns": turns,
@@ -69,9 +73,12 @@ def result(args, data: str, turns: str, found: dict, rate: dict, flops: float, r
 
 
 def merge(path: Path, found: dict) -> None:
-    """Put a run into the file of results, in place of an older one of the same key."""
+    """Put a run into the file of results, in place of an older one of the same key. Sides that only the older one has stay,
+    if it ran under the same conditions: each keeps its ratio to Tsugiki in its own run."""
     there = json.loads(path.read_text()) if path.exists() else {}
     key = "/".join(found[k] for k in ("shape", "method", "data", "device", "cpu")) + (f"/{p}" if (p := found["preload"]) else "")
+    if (old := there.get(key)) and all(_short(old[k]) == _short(found[k]) for k in SAME):
+        found = found | {"sides": {name: s for name in SIDES if (s := (old["sides"] | found["sides"]).get(name))}}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dict(sorted((there | {key: _short(found)}).items())), indent=1) + "\n")
 
@@ -87,13 +94,13 @@ def _short(value):
 
 def table(found: dict) -> list[str]:
     """The lines of one run."""
-    sides, ours = found["sides"], found["sides"].get("tsugiki", {}).get("tokens_per_second")
+    sides = found["sides"]
     lines = [HEAD, "|" + " --- |" * HEAD.count(" | ") + " --- |"]
     for name, s in sides.items():
         if "error" in s:
             lines.append(f"| {SIDES[name]} | {s['error']} |")
             continue
-        ratio = f"{ours / s['tokens_per_second']:.2f}x" if ours and name != "tsugiki" else ""
+        ratio = f"{s['ratio']:.2f}x" if "ratio" in s and name != "tsugiki" else ""
         peak = f"{s['peak_gb']:.2f}" + (f", GPU {s['device_gb']:.2f}" if "device_gb" in s else "")
         speed = f"{s['tokens_per_second']:.0f} ({s['min']:.0f}-{s['max']:.0f})"
         lines.append(ROW.format(side=SIDES[name], speed=speed, ratio=ratio,
@@ -119,7 +126,7 @@ def _losing(results: dict) -> list[str]:
         for name, s in found["sides"].items():
             for key, what, sign in (("tokens_per_second", "tokens/s", 1), ("peak_gb", "GB at the peak", -1),
                                     ("first", "s to the first step", -1)):
-                if key in s and key in ours and sign * (s[key] - ours[key]) > 0:
+                if name != "tsugiki" and key in s and key in ours and sign * (s[key] - ours[key]) > 0:
                     lines.append(f"- {where}: {SIDES[name]} has {s[key]:.4g} {what}, Tsugiki {ours[key]:.4g}.")
     return lines or ["- In nothing that is measured so far."]
 
@@ -132,7 +139,8 @@ Written by `python benchmarks/train_speed.py --write-docs` from `benchmarks/resu
 ## How it is measured
 
 - Sides take turns step by step in one run, each in a process of its own with the same threads; the others sleep meanwhile.
-  Where they do not fit in memory at once, one process at a time, each side twice. The figure is the median of the timed steps.
+  Where they do not fit in memory at once, one process at a time, each side twice. The figure is the median of the timed steps;
+  "Tsugiki is" compares with Tsugiki's median in the very run of that side.
 - A step is all of a side's own loop from one update to the next: batching, forward, backward, clipping, optimizer, logging.
 - Weights are random from a fixed seed, in bf16, at the real shapes; ids are never zeros. Only real tokens count, no padding.
 - Same supervised tokens everywhere: completions alone (`full`: all). Same learning rate, constant, AdamW, clipping at 1.
