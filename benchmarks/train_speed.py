@@ -95,8 +95,9 @@ def alternate(names: list[str], job: dict, warmup: int, env: dict, say) -> dict[
 
 
 def blocks(names: list[str], job: dict, warmup: int, env: dict, say) -> dict[str, dict]:
-    """For sides that do not fit in memory at once: one process at a time, each side twice."""
+    """For sides that do not fit in memory at once: one process at a time, each side twice, half of the steps each time."""
     found: dict[str, dict] = {}
+    job = job | {"steps": warmup + -(-(job["steps"] - warmup) // 2)}
     for turn in (names, names[::-1]):
         for name in turn:
             one = alternate([name], job, warmup, env, say)[name]
@@ -185,7 +186,7 @@ def main() -> None:
         (HERE.parent / "docs" / "benchmarks.md").write_text(report.page(json.loads(Path(args.json).read_text())), encoding="utf-8")
         return
     for name in [s for s in args.sides if not offers(s, args.method)]:
-        print(f"{SIDES[name]}: has no method {args.method}, left out", file=sys.stderr)
+        print(f"{SIDES[name]}: does not train {args.method} here, left out", file=sys.stderr)
         args.sides.remove(name)
     if args.warmup < 1 or args.steps < 1:
         parser.error("--steps and --warmup must be at least 1")

@@ -58,6 +58,18 @@ def test_the_page_says_where_a_peer_is_better_and_only_there(found):
     assert "In nothing that is measured so far" in report.page({"key": result})
 
 
+def test_runs_of_some_sides_join_under_the_same_conditions_only(found, tmp_path):
+    path, ours, theirs = tmp_path / "r.json", copy.deepcopy(found[1]), copy.deepcopy(found[1])
+    del ours["sides"]["trainer"], theirs["sides"]["tsugiki"]
+    report.merge(path, theirs)
+    report.merge(path, ours)
+    (joined,) = json.loads(path.read_text()).values()
+    assert joined["sides"] == found[1]["sides"] and joined["sides"]["trainer"]["ratio"] > 0
+    report.merge(path, ours | {"batch_size": 8})
+    report.merge(path, ours | {"preload": "libother.so"})
+    assert [list(r["sides"]) for r in json.loads(path.read_text()).values()] == [["tsugiki"], ["tsugiki"]]
+
+
 def steps(n: int = 3, **values) -> dict:
     made = [{"seconds": 1.0, "tokens": 40, "supervised": 20, "loss": 6.0, "norm": 0.1} for _ in range(n)]
     made[-1] |= values

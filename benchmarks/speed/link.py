@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -72,8 +73,9 @@ class Side:
         line = self.process.stdout.readline()
         if not line:
             code = self.process.wait()
-            told = [x for x in self.log.read_text(errors="replace").splitlines() if x.strip()]
-            raise RuntimeError(f"{self.name} ended with {code}: {told[-1].strip() if told else 'it said nothing'} ({self.log})")
+            told = [x.strip() for x in self.log.read_text(errors="replace").splitlines() if x.strip()]
+            named = [x for x in told if re.match(r"[\w.]*(Error|Exception|Killed)\b", x)] or told or ["it said nothing"]
+            raise RuntimeError(f"{self.name} ended with {code}: {named[-1]} ({self.log})")
         return json.loads(line)
 
     def step(self) -> dict:

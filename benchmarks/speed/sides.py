@@ -21,8 +21,10 @@ RANK, ALPHA, PREFIX = 8, 16, 8
 
 
 def offers(side: str, method: str) -> bool:
-    """Whether the side has the method at all: PEFT has no series and no parallel adapters."""
-    return side == "tsugiki" or method == "lora" or method in ("prefix", "full") and side != "unsloth"
+    """Whether the side trains the method at all. PEFT has no series and no parallel adapters, and its prefixes break on the
+    mask that transformers makes of packed rows."""
+    there = {"trainer": ("lora", "prefix", "full"), "trl": ("lora", "full"), "unsloth": ("lora",)}
+    return side == "tsugiki" or method in there[side.partition("-")[0]]
 
 
 def order(count: int, seed: int) -> list[int]:
