@@ -13,9 +13,9 @@ from speed.sides import SAME_ROWS, SIDES
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "unsloth")
 SAME = ("threads", "batch_size", "max_length", "warmup", "steps", "seed", "versions", "rows")   # conditions of a run
-ROW = "| {side} | {speed} | {ratio} | {share} | {peak} | {first} | {loss} | {norm} |"
-HEAD = ROW.format(side="side", speed="real tokens/s (min-max)", ratio="Tsugiki is", share="share of matrix rate", peak="peak GB",
-                  first="first step s", loss="mean loss", norm="gradient norm")
+ROW = "| {side} | {speed} | {ratio} | {rate} | {share} | {peak} | {first} | {loss} | {norm} |"
+HEAD = ROW.format(side="side", speed="real tokens/s (min-max)", ratio="Tsugiki is", rate="matrix TFLOP/s", share="share of it",
+                  peak="peak GB", first="first step s", loss="mean loss", norm="gradient norm")
 
 
 def _versions() -> dict[str, str]:
@@ -62,13 +62,16 @@ def result(args, data: str, turns: str, found: dict, rate: dict, flops: float, r
             "loss": statistics.mean(s["loss"] for s in steps), "losses": [s["loss"] for s in steps],
             "norm": statistics.median(s["norm"] for s in steps)} | {k: side[k] for k in side if k.endswith("_gb")}
     for side in sides.values():
-        if "error" not in side and "tokens_per_second" in sides.get("tsugiki", {}):
+        if "error" in side:
+            continue
+        side["matrix"] = rate["tflops"]
+        if "tokens_per_second" in sides.get("tsugiki", {}):
             side["ratio"] = sides["tsugiki"]["tokens_per_second"] / side["tokens_per_second"]
     preload = os.environ.get("LD_PRELOAD", "")
     return {"shape": args.shape, "method": args.method, "data": data, "device": device_name(args.device), "cpu": cpu_name(),
             "cores": os.cpu_count(), "threads": args.threads, "preload": Path(preload).name if preload else "", "turns": turns,
             "batch_size": args.batch_size, "max_length": args.max_length, "warmup": args.warmup, "steps": args.steps,
-            "seed": args.seed, "python": platform.python_version(), "versions": _versions(), "rows": rows, "matrix": rate,
+            "seed": args.seed, "python": platform.python_version(), "versions": _versions(), "rows": rows, "rate": rate,
             "flops_per_token": flops, "sides": sides, "wrong": wrong}
 
 
@@ -104,9 +107,10 @@ def table(found: dict) -> list[str]:
         peak = f"{s['peak_gb']:.2f}" + (f", GPU {s['device_gb']:.2f}" if "device_gb" in s else "")
         speed = f"{s['tokens_per_second']:.0f} ({s['min']:.0f}-{s['max']:.0f})"
         lines.append(ROW.format(side=SIDES[name], speed=speed, ratio=ratio,
+                                rate=f"{s['matrix']:.3f}",
                                 share=f"{s['share']:.0%}", peak=peak, first=f"{s['first']:.1f}", loss=f"{s['loss']:.4f}",
                                 norm=f"{s['norm']:.3g}"))
-    matrix = found["matrix"]
+    matrix = found["rate"]
     lines += ["", f"Matrix rate at these shapes: {matrix['tflops']:.3f} TFLOP/s in bf16 "
                   f"({'; '.join(f'{k}: {v:.3f}' for k, v in matrix['each'].items())}); "
                   f"{found['flops_per_token'] / 1e9:.3f} GFLOP are needed a token."]
@@ -124,10 +128,11 @@ def _losing(results: dict) -> list[str]:
         ours = found["sides"].get("tsugiki", {})
         where = ", ".join(filter(None, (found[k] for k in ("shape", "method", "data", "cpu", "preload"))))
         for name, s in found["sides"].items():
-            for key, what, sign in (("tokens_per_second", "tokens/s", 1), ("peak_gb", "GB at the peak", -1),
-                                    ("first", "s to the first step", -1)):
-                if name != "tsugiki" and key in s and key in ours and sign * (s[key] - ours[key]) > 0:
-                    lines.append(f"- {where}: {SIDES[name]} has {s[key]:.4g} {what}, Tsugiki {ours[key]:.4g}.")
+            if s.get("ratio", 1.0) < 1:
+                lines.append(f"- {where}: {SIDES[name]} is {1 / s['ratio']:.2f} times as fast.")
+            for key, what in (("peak_gb", "GB at the peak"), ("first", "s to the first step")):
+                if key in s and key in ours and s[key] < ours[key]:
+                    lines.append(f"- {where}: {SIDES[name]} needs {s[key]:.3g} {what}, Tsugiki {ours[key]:.3g}.")
     return lines or ["- In nothing that is measured so far."]
 
 
@@ -140,7 +145,8 @@ Written by `python benchmarks/train_speed.py --write-docs` from `benchmarks/resu
 
 - Sides take turns step by step in one run, each in a process of its own with the same threads; the others sleep meanwhile.
   Where they do not fit in memory at once, one process at a time, each side twice. The figure is the median of the timed steps;
-  "Tsugiki is" compares with Tsugiki's median in the very run of that side.
+  "Tsugiki is" compares with Tsugiki's median in the very run of that side, and the matrix rate is of that run too: a machine
+  may be half as fast an hour later, so compare ratios, not tokens/s of two runs.
 - A step is all of a side's own loop from one update to the next: batching, forward, backward, clipping, optimizer, logging.
 - Weights are random from a fixed seed, in bf16, at the real shapes; ids are never zeros. Only real tokens count, no padding.
 - Same supervised tokens everywhere: completions alone (`full`: all). Same learning rate, constant, AdamW, clipping at 1.
