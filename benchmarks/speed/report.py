@@ -139,7 +139,7 @@ def _losing(results: dict) -> list[str]:
 TEXT = """# Benchmarks
 
 Written by `python benchmarks/train_speed.py --write-docs` from `benchmarks/results/train_speed.json`. To measure:
-`make speed` (two minutes), or `python benchmarks/train_speed.py --help`.
+`make speed` (some minutes), or `python benchmarks/train_speed.py --help`.
 
 ## How it is measured
 
