@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench methods docs clean
+.PHONY: help install demo test lint bench speed methods docs clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\): *[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -31,6 +31,9 @@ lint: $(READY)  ## ruff
 
 bench: $(READY)  ## how much faster a training step is when freed memory is kept
 	$(BIN)/python benchmarks/malloc.py
+
+speed: $(READY)  ## tokens/s of LoRA at SmolLM2-135M's shape beside Trainer with PEFT; ARGS, as in benchmarks/train_speed.py
+	$(BIN)/python benchmarks/train_speed.py --sides tsugiki trainer --steps 5 --warmup 1 --batch-size 8 $(ARGS)
 
 methods: $(READY)  ## train every method on SST-2 (DATA=its folder), three seeds; write the table in docs/methods.md. Hours; goes on
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/methods_sst2.py --data "$(DATA)"

@@ -37,12 +37,13 @@ GRAPH: dict[str, set[str]] = {
     "formats": {"core", "errors", "formats.spec", "load", "methods", "patterns", "sites", "weights"},
     "data": {"errors"},
     "config": {"data", "errors"},
-    "train.loss": {"core", "data"},                           # the trainer's and the evaluator's
-    "evaluate": {"config", "data", "errors", "load", "train.loss"},
-    "train": {"config", "core", "data", "errors", "evaluate", "formats", "load", "memory", "methods", "sites", "train.loss",
-              "weights"},
+    "kernels": set(),                                 # faster equals of slow things
+    "train.loss": {"core", "data", "kernels"},                # the trainer's and the evaluator's
+    "evaluate": {"config", "core", "data", "errors", "load", "train.loss"},
+    "train": {"config", "core", "data", "errors", "evaluate", "formats", "kernels", "load", "memory", "methods", "sites",
+              "train.loss", "weights"},
     "capabilities": {"combine", "core", "errors", "formats", "load", "methods", "sites", "weights"},
-    "plan": {"config", "core", "data", "errors", "evaluate", "formats", "load", "methods", "train"},
+    "plan": {"config", "core", "data", "errors", "evaluate", "formats", "kernels", "load", "methods", "train"},
     "api": {"config", "core", "data", "errors", "evaluate", "load", "methods", "train", "weights"},
     "top": {"api", "config", "core", "errors", "load", "methods", "sites"},
     "cli": {"api", "capabilities", "combine", "config", "core", "data", "errors", "evaluate", "formats", "load", "methods", "plan",

@@ -14,6 +14,7 @@ from tsugiki.data.batch import LAYOUTS
 from tsugiki.errors import UserError, nearest
 
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+SWITCH = ("auto", "on", "off")
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -47,7 +48,8 @@ class TrainConfig:
     lr: float | None = option(None, "peak learning rate (default: the method's, for a base of this width)", low=0.0)
     batch_size: int = option(16, "rows of one optimizer step", low=1)
     max_length: int = option(512, "longest row in tokens; longer rows are cut (text is split)", low=2)
-    max_tokens: int = option(4096, "tokens of one forward; a step of more tokens is cut into several", low=2)
+    max_tokens: int | None = option(None, "tokens of one forward; a step of more is cut into several (default: what memory "
+                                          "holds, up to 4,096, on a GPU 16,384)", low=2)
     layout: str = option("auto", "pad: buckets of like lengths; pack: isolated documents end to end; same result", LAYOUTS)
     schedule: str = option("cosine", "learning rate after warm-up", SCHEDULES)
     warmup: float = option(0.03, "share of the steps in which the learning rate rises", low=0.0, high=1.0)
@@ -62,7 +64,15 @@ class TrainConfig:
     eval_steps: int = option(0, "evaluate every so many steps, 0: only before and after", low=0)
     keep: str = option("last", "which weights are the result", ("last", "best"))
     patience: int = option(0, "stop after so many evaluations without improvement, with the best weights; 0: never", low=0)
-    compile: bool = option(False, "torch.compile each decoder layer (needs a C++ compiler)")
+    compile: str = option("auto", "torch.compile each decoder layer (needs a C++ compiler); auto: in runs so long that it pays",
+                          SWITCH)
+    checkpointing: str = option("auto", "keep only the layers' inputs and compute them again in backward; auto: in as many layers "
+                                        "as memory demands", SWITCH)
+
+    @property
+    def forward_tokens(self) -> int:
+        """max_tokens, or what is usual before memory is measured; never less than a row."""
+        return max(self.max_tokens or 4096, self.max_length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +129,8 @@ def build(cls: type, values: dict, where: str = ""):
         if dataclasses.is_dataclass(hints[key]):
             built[key] = build(hints[key], value, f"{where}{key}.")
         else:
+            if isinstance(value, bool) and fields[key].metadata.get("choices") == SWITCH:     # YAML's on and off
+                value = "on" if value else "off"
             built[key] = _typed(value, hints[key], f"{where}{key}")
             _in_range(built[key], fields[key].metadata, f"{where}{key}")
     return cls(**built)

@@ -6,6 +6,7 @@ import gc
 import json
 import tempfile
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from tsugiki.data.render import Example
 from tsugiki.edit import Config
 from tsugiki.errors import UserError
 from tsugiki.evaluate.answers import room
+from tsugiki.kernels.attention import by_document
 from tsugiki.load import base_path, load_tokenizer, stored_dtype
 from tsugiki.methods import Full
 from tsugiki.rates import seconds
@@ -174,8 +176,9 @@ def _sizes(model: nn.Module, adapter: Adapter | None, params: dict[str, nn.Param
 
 def _count(case: _Case, read: PretrainedConfig, fake: bool = True) -> _Count:
     """Set up, take one update so that the moments are there, then count a step."""
-    with Ledger(fake) as ledger, tempfile.TemporaryDirectory() as folder:
+    with Ledger(fake) as ledger, tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         model, adapter, params = _set_up(case, read)
+        stack.enter_context(by_document(model))       # as in a run
         length = min(case.length, room(model) or case.length)
         job = _job(case, length, model, adapter, params)
         if adapter is not None:                       # a start made from data may change shapes

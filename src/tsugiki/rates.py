@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tsugiki.kernels.attention import documents
 from tsugiki.rehearsal import Attention, Product, Work
 
 COVERED = 0.95                                        # share of the FLOPs whose shapes are measured, the largest first
@@ -71,6 +72,8 @@ def _attention_rate(shape: Attention, draw: Callable[..., Tensor], device: torch
     flops = 4 * shape.batch * shape.heads * shape.queries * shape.keys * shape.head
 
     def forward() -> Tensor:
+        if shape.by_document:
+            return documents(q, k, v, None, shape.head ** -0.5)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and shape.queries > 1)
     if not shape.backward:
         return flops / _time(forward, device)

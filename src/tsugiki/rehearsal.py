@@ -52,6 +52,7 @@ class Attention:
     dtype: torch.dtype
     masked: bool
     backward: bool
+    by_document: bool = False                         # by kernels.attention, not torch's
 
 
 class NeedsValues(RuntimeError):
@@ -127,8 +128,13 @@ class Ledger(TorchDispatchMode):
     def _count(self, func, args, kwargs, out, moved: int) -> None:
         packet, name = func._overloadpacket, func._schema.name
         kind, flops = None, 0
-        if name.startswith("aten::_scaled_dot_product_"):
+        if name.startswith("tsugiki::documents"):     # attention by document: here each row is one
+            backward = name.endswith("backward")
+            query, key = args[backward:backward + 2]
+            kind = Attention(*query.shape[:3], key.shape[2], query.shape[3], query.dtype, False, backward, True)
+        elif name.startswith("aten::_scaled_dot_product_"):
             kind = _attention(func._schema, args, kwargs)
+        if isinstance(kind, Attention):
             flops = (5 if kind.backward else 2) * 2 * kind.batch * kind.heads * kind.queries * kind.keys * kind.head
         elif func is GROUPED:                         # each group has its rows: together 2 * rows * k * n, as of one product
             kind, flops = packet, 2 * args[0].numel() * args[1].shape[-1]

@@ -30,8 +30,10 @@ def run(args: argparse.Namespace) -> int:
     from tsugiki.cli.models import load_with_adapters
     from tsugiki.data import Message
     from tsugiki.errors import UserError, nearest
+    from tsugiki.evaluate.decode import Decoder
     loaded = load_with_adapters(args)
     adapter, system, history = next(iter(loaded.notes), None), args.system, []
+    decoder = Decoder(loaded.model, steps=10 * args.max_new_tokens)          # some answers; how many nobody knows
     print(f"adapters: {', '.join(loaded.notes) or 'none'}; now {adapter or 'none'}. /help shows the commands, /quit ends.")
     while True:
         try:
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             try:
                 conversation = loaded.conversation(line.replace("\\n", "\n"), adapter, args.kind, system, history)
-                said = answer(loaded, conversation, adapter, args, stream=True)
+                said = answer(loaded, decoder, conversation, adapter, args, stream=True)
             except UserError as e:
                 print(f"error: {e}")
                 continue

@@ -46,8 +46,8 @@ def options(args: argparse.Namespace, stop_ids: list[int], pad: int) -> dict:
     return found | ({"temperature": args.temperature, "top_p": args.top_p} if args.temperature > 0 else {})
 
 
-def answer(loaded, conversation, adapter: str | None, args: argparse.Namespace, stream: bool) -> str:
-    """One answer; with `stream`, printed as it comes."""
+def answer(loaded, decoder, conversation, adapter: str | None, args: argparse.Namespace, stream: bool) -> str:
+    """One answer by the Decoder; with `stream`, printed as it comes."""
     import torch
     from transformers import TextStreamer
 
@@ -68,13 +68,14 @@ def answer(loaded, conversation, adapter: str | None, args: argparse.Namespace, 
     if stream:
         kw["streamer"] = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.no_grad(), loaded.adapters.use(adapter):
-        out = loaded.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **kw)
+        out = decoder.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **kw)
     return renderer.answer(out[0, len(prompt):].tolist())
 
 
 def run(args: argparse.Namespace) -> int:
     from tsugiki.cli.main import emit
     from tsugiki.cli.models import load_with_adapters
+    from tsugiki.evaluate.decode import Decoder
     if len(args.adapter) > 1:
         raise UserError("generate takes one --adapter; `tsugiki chat` switches between several")
     prompts = [p.replace("\\n", "\n") for p in args.prompt] if args.prompt else [line.rstrip("\n") for line in sys.stdin]
@@ -84,9 +85,9 @@ def run(args: argparse.Namespace) -> int:
     loaded = load_with_adapters(args)
     adapter = next(iter(loaded.notes), None)
     stream = not args.json and not args.quiet
-    answers = []
+    answers, decoder = [], Decoder(loaded.model, steps=len(prompts) * args.max_new_tokens)
     for prompt in prompts:
-        answers.append(answer(loaded, loaded.conversation(prompt, adapter, args.kind), adapter, args, stream))
+        answers.append(answer(loaded, decoder, loaded.conversation(prompt, adapter, args.kind), adapter, args, stream))
     if not stream:
         emit(args, {"answers": [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]}, "\n".join(answers))
     return 0

@@ -38,6 +38,11 @@ class Batch:
     def tokens(self) -> int:
         return int((self.samples >= 0).sum())
 
+    def ends(self) -> torch.Tensor:
+        """(documents + 1,) int32: 0, and where each document of the rows laid end to end is over; padding counts as one."""
+        starts = (self.positions.flatten() == 0).nonzero().flatten()
+        return torch.cat([starts, starts.new_tensor([self.positions.numel()])]).int()
+
     def to(self, device: torch.device | str) -> Batch:
         return replace(self, **{k: getattr(self, k).to(device) for k in ("ids", "targets", "positions", "samples")})
 

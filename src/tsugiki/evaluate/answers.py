@@ -9,6 +9,7 @@ from torch import nn
 from tsugiki.data.conversation import Conversation
 from tsugiki.data.render import Renderer
 from tsugiki.errors import UserError
+from tsugiki.evaluate.decode import Decoder
 from tsugiki.load import max_positions
 
 
@@ -30,13 +31,15 @@ def generate_answers(model: nn.Module, renderer: Renderer, conversations: Sequen
     distinct = sorted(set(prompts), key=lambda p: (len(p), p))
     device = model.get_input_embeddings().weight.device
     answers: dict[tuple[int, ...], str] = {}
-    for rows in _batches(distinct, batch_size, (limit or 1 << 60) - max_new_tokens):
+    batches = list(_batches(distinct, batch_size, (limit or 1 << 60) - max_new_tokens))
+    decoder = Decoder(model, steps=len(batches) * max_new_tokens)
+    for rows in batches:
         width = max(map(len, rows))
         new_tokens = min(max_new_tokens, (limit or 1 << 60) - width)
         ids = torch.tensor([[pad_id] * (width - len(r)) + list(r) for r in rows], device=device)            # (B, T)
         mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
-        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False,
-                             eos_token_id=list(renderer.stop_ids), pad_token_id=pad_id)
+        out = decoder.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False,
+                               eos_token_id=list(renderer.stop_ids), pad_token_id=pad_id)
         for row, new in zip(rows, out[:, width:].tolist(), strict=True):
             answers[row] = renderer.answer(new)
         if progress:

@@ -1,7 +1,8 @@
 """Padded or packed: the same result, so the cheaper one is chosen, and packing only where a probe proves it isolated."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -10,10 +11,35 @@ from tsugiki.config import TrainConfig
 from tsugiki.data.batch import micro_batches, step_rows
 from tsugiki.data.render import Example
 from tsugiki.errors import UserError
+from tsugiki.kernels.attention import active, by_document
+from tsugiki.kernels.head import LOGITS
 from tsugiki.train.loss import takes_positions
 
 # Packing pays where padding would waste more than this share of the tokens: a dense block mask costs about as much.
 WASTE = 0.3
+
+
+@contextmanager
+def arranged(model: nn.Module, examples: Sequence[Example], cfg: TrainConfig, virtual: bool) -> Iterator[str]:
+    """The layout of a run. Inside, the model's attention goes by document, where a probe shows that it does what it did.
+
+    Raises UserError when packing is asked for where it would not be exact.
+    """
+    pad, pack = cfg.layout == "pad", cfg.layout == "pack"
+    with ExitStack() as stack:
+        with by_document(model) as there:
+            fast = there and _agrees(model) and (virtual or pad or packs(model))
+        if fast:
+            stack.enter_context(by_document(model))
+        if pad or virtual and not pack:
+            yield "pad"
+        elif not virtual and packs(model):
+            yield "pack" if pack or fast or _waste(examples, cfg) > WASTE else "pad"
+        elif pack:
+            why = "the method adds virtual tokens to each row" if virtual else "this model does not isolate packed documents"
+            raise UserError(f"train.layout: pack is not exact here ({why}); use pad or auto")
+        else:
+            yield "pad"
 
 
 @torch.no_grad()
@@ -22,46 +48,67 @@ def packs(model: nn.Module) -> bool:
     and a document's logits are those it has alone. Proved by running it, not by a list of names."""
     if not takes_positions(model):
         return False
-    device = model.get_input_embeddings().weight.device
-    first, other, second = (torch.arange(a, a + 6, device=device)[None] for a in (3, 23, 43))
-    positions = torch.arange(6, device=device)[None].repeat(1, 2)
+    first, other, second = (_row(model, a) for a in (3, 23, 43))
+    packed = {"position_ids": torch.arange(6, device=first.device)[None].repeat(1, 2)}
+    if active(model):
+        packed["cu_seq_lens_q"] = torch.tensor([0, 6, 12], dtype=torch.int32, device=first.device)
+
+    def tail(head: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+        return _logits(model, torch.cat([head, second], 1), **more)[6:]
+    try:
+        together, edited = tail(first, **packed), tail(other, **packed)
+    except (TypeError, ValueError):                   # its forward does not take where documents end
+        return False
+    alone, shifted = _logits(model, second), tail(first)
+    return torch.equal(together, edited) and bool((together - alone).norm() <= 0.1 * (shifted - alone).norm())
+
+
+@torch.no_grad()
+def _agrees(model: nn.Module) -> bool:
+    """Whether a row's logits are, to rounding, those of the attention that the model had before."""
+    row, fast = _row(model, 3), model.config._attn_implementation
+    found = _logits(model, row)
+    model.set_attn_implementation("sdpa")
+    try:
+        wanted = _logits(model, row)
+    finally:
+        model.set_attn_implementation(fast)
+    return bool((found - wanted).norm() <= 0.02 * wanted.norm())
+
+
+def _row(model: nn.Module, start: int) -> torch.Tensor:
+    """Six tokens, (1, 6)."""
+    return torch.arange(start, start + 6, device=model.get_input_embeddings().weight.device)[None]
+
+
+def _logits(model: nn.Module, ids: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+    """(T, V) float32, in evaluation mode."""
     was_training = model.training
     model.eval()
     try:
-        def tail(head):
-            return model(input_ids=torch.cat([head, second], 1), position_ids=positions, use_cache=False).logits[0, 6:].float()
-        packed, edited = tail(first), tail(other)
-        alone = model(input_ids=second, use_cache=False).logits[0].float()
-        shifted = model(input_ids=torch.cat([first, second], 1), use_cache=False).logits[0, 6:].float()
+        return model(input_ids=ids, use_cache=False, **more).logits[0].float()
     finally:
         model.train(was_training)
-    return torch.equal(packed, edited) and bool((packed - alone).norm() <= 0.1 * (shifted - alone).norm())
 
 
-def choose_layout(model: nn.Module, examples: Sequence[Example], cfg: TrainConfig, virtual: bool) -> str:
-    """The layout of a run; UserError when packing is asked for where it would not be exact."""
-    if cfg.layout == "pad":
-        return "pad"
-    if virtual or not packs(model):
-        if cfg.layout == "pack":
-            why = "the method adds virtual tokens to each row" if virtual else "this model does not isolate packed documents"
-            raise UserError(f"train.layout: pack is not exact here ({why}); use pad or auto")
-        return "pad"
-    if cfg.layout == "pack":
-        return "pack"
+def _waste(examples: Sequence[Example], cfg: TrainConfig) -> float:
+    """Share of the tokens that would be padding, in the first steps."""
     real = area = 0
     for step in range(8):
         rows = step_rows(len(examples), cfg.batch_size, cfg.seed, step)
         lengths = {i: len(examples[i].ids) for i in rows}
-        for forward in micro_batches(lengths, rows, "pad", max(cfg.max_tokens, cfg.max_length)):
+        for forward in micro_batches(lengths, rows, "pad", cfg.forward_tokens):
             real += sum(lengths[row[0]] for row in forward)
             area += len(forward) * max(lengths[row[0]] for row in forward)
-    return "pack" if 1 - real / area > WASTE else "pad"
+    return 1 - real / area
 
 
 def largest_tensor(model: nn.Module, examples: Sequence[Example], cfg: TrainConfig) -> int:
-    """About how many bytes one forward's largest tensor has: its logits in float32."""
+    """About how many bytes one forward's largest tensor has: some logits in float32, or what a layer is widest at."""
     sample = examples[:1000]
     tokens, trained = sum(len(e.ids) for e in sample), sum(sum(e.trained) for e in sample)
-    forward = min(max(cfg.max_tokens, cfg.max_length), cfg.batch_size * tokens / len(sample))
-    return int(forward * trained / tokens * model.get_input_embeddings().weight.shape[0] * 4)
+    forward = min(cfg.forward_tokens, cfg.batch_size * tokens / len(sample))
+    logits = min(LOGITS, int(forward * trained / tokens * model.get_input_embeddings().weight.shape[0]))
+    widest = max((min(w.shape) and max(w.shape) for w in model.parameters() if w.dim() == 2 and w is not
+                  model.get_input_embeddings().weight), default=0)
+    return max(4 * logits, int(forward * widest) * model.dtype.itemsize)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,12 +18,14 @@ from tsugiki.adapters import Adapter
 from tsugiki.config import TrainConfig
 from tsugiki.data.batch import Batch, collate, micro_batches, step_rows
 from tsugiki.data.render import Example
-from tsugiki.errors import RunError
+from tsugiki.errors import RunError, UserError
 from tsugiki.evaluate.score import Score
+from tsugiki.memory import out_of_memory
 from tsugiki.train import checkpoint as checkpoints
+from tsugiki.train.compiled import Layers
 from tsugiki.train.log import Bar, MetricsFile
 from tsugiki.train.optim import adamw, schedule
-from tsugiki.train.step import train_step
+from tsugiki.train.step import StepResult, train_step
 
 
 class Interrupted(RunError):
@@ -49,6 +52,7 @@ class Job:
     untrained: Callable[[], AbstractContextManager] = nullcontext
     autocast: Callable[[], AbstractContextManager] = nullcontext
     adapter: Adapter | None = None                    # its method may scale rates, add a penalty, and act after each step
+    layers: Layers | None = None                      # the decoder layers, where they may be compiled
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -71,6 +75,7 @@ class Progress:
     seconds: float = 0.0
     offset: int = 0
     stopped: str = ""
+    max_tokens: int = 0                               # of one forward; less than at the start once memory ran out
     before: dict = field(default_factory=dict)
     after: dict = field(default_factory=dict)
     samples: list = field(default_factory=list)
@@ -123,11 +128,14 @@ class Steps:
         found = checkpoints.newest(self.root, say)
         self.resumed = found is not None
         self.progress = Progress(**found.state) if found else Progress()
+        self.progress.max_tokens = self.progress.max_tokens or job.cfg.max_tokens or job.cfg.forward_tokens
+        self.say = say
         self.best = checkpoints.restore(found, job.params, self.optimizer, self.buffers) if found else {}
         if found:
             unfinished = self.progress.step < job.steps and not self.progress.stopped
             say(f"going on from step {self.progress.step} of {job.steps}" if unfinished
                 else f"this run is finished ({self.progress.step} steps); nothing is trained again")
+        self.stepped = False
         self.metrics = MetricsFile(out / "metrics.jsonl", self.progress.offset)
 
     def save(self) -> None:
@@ -163,26 +171,71 @@ class Steps:
         """Rows -> micro-batches -> update -> log. Nothing here depends on what happened before but the parameters."""
         job, cfg, progress, began = self.job, self.job.cfg, self.progress, time.monotonic()
         step = progress.step
-        rows = step_rows(len(job.examples), cfg.batch_size, cfg.seed, step)
-        lengths = {i: len(job.examples[i].ids) for i in rows}
-        cuts = micro_batches(lengths, rows, job.layout, max(cfg.max_tokens, cfg.max_length))
-        device = next(iter(job.params.values())).device
-        batches = [collate(job.examples, cut, job.pad_id).to(device) for cut in cuts]
         lr = job.lr * schedule(cfg.schedule, step, job.steps, cfg.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        adapter = job.adapter
-        result = train_step(job.model, batches, job.params, self.optimizer, clip=cfg.clip, step=step + 1,
-                            where=lambda i: job.examples[i].where, route=lambda b: job.route(b, step), autocast=job.autocast,
-                            penalty=(lambda: adapter.cfg.penalty(adapter)) if adapter else lambda: None,
-                            after=(lambda: adapter.cfg.after_step(adapter, step + 1, job.steps)) if adapter else lambda: None)
+        result = None
+        while result is None:
+            try:
+                result = self._update(step)
+            except (RunError, UserError):
+                raise
+            except Exception as e:
+                way = self._way_out(e)
+                if way is None:
+                    raise
+            if result is None:                        # out here nothing of the failed forward is held by its traceback
+                self.optimizer.zero_grad(set_to_none=True)
+                way()
         took = time.monotonic() - began
         progress.step, progress.tokens, progress.seconds = step + 1, progress.tokens + result.tokens, progress.seconds + took
         if progress.step % cfg.log_steps == 0 or progress.step in (1, job.steps):
             self.metrics.write(step=progress.step, loss=result.loss, lr=lr, norm=result.norm, supervised=result.supervised,
                                tokens=progress.tokens, tokens_per_second=round(result.tokens / took, 1),
                                seconds=round(progress.seconds, 3))
+        if not self.stepped:
+            self.stepped = True
+            self.say(f"first step after {took:.1f} s")
         bar.update(progress.step, f"loss {result.loss:.3f}  {progress.tokens / max(progress.seconds, 1e-9):,.0f} tok/s")
+
+
+    def _update(self, step: int) -> StepResult:
+        """One optimizer step, of the rows that (seed, step) give."""
+        job, cfg, adapter = self.job, self.job.cfg, self.job.adapter
+        rows = step_rows(len(job.examples), cfg.batch_size, cfg.seed, step)
+        cuts = micro_batches({i: len(job.examples[i].ids) for i in rows}, rows, job.layout, self.progress.max_tokens)
+        device = next(iter(job.params.values())).device
+        return train_step(job.model, [collate(job.examples, cut, job.pad_id).to(device) for cut in cuts], job.params,
+                          self.optimizer, clip=cfg.clip, step=step + 1,
+                          where=lambda i: job.examples[i].where, route=lambda b: job.route(b, step), autocast=job.autocast,
+                          penalty=(lambda: adapter.cfg.penalty(adapter)) if adapter else lambda: None,
+                          after=(lambda: adapter.cfg.after_step(adapter, step + 1, job.steps)) if adapter else lambda: None)
+
+    def _way_out(self, error: Exception) -> Callable[[], None] | None:
+        """What to do before the step is taken again, or None. Nothing was updated: its gradients are thrown away."""
+        job, progress, step = self.job, self.progress, self.progress.step
+        if out_of_memory(error):
+            rows = step_rows(len(job.examples), job.cfg.batch_size, job.cfg.seed, step)
+            longest = max(len(job.examples[i].ids) for i in rows)
+            if progress.max_tokens <= longest:
+                hint = "" if job.cfg.checkpointing == "on" else " or set train.checkpointing to on"
+                raise RunError(f"step {step + 1}: there is no memory for a row of {longest} tokens alone; shorten train.max_length"
+                               f"{hint}; nothing was updated, the last checkpoint is good") from None
+            return self._halve
+        if job.layers is not None and job.layers.on:
+            line = next(iter(str(error).splitlines()), "") or type(error).__name__
+            return partial(self._go_on_eagerly, line[:200])
+        return None
+
+    def _halve(self) -> None:
+        self.progress.max_tokens //= 2
+        self.say(f"out of memory: forwards of {self.progress.max_tokens:,} tokens from here on, the step is taken again")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _go_on_eagerly(self, why: str) -> None:
+        self.job.layers.undo()
+        self.say(f"the layers cannot be compiled ({why}); going on without")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,31 +11,41 @@ import torch.nn.functional as F
 from torch import nn
 
 from tsugiki.data.batch import IGNORE, Batch
+from tsugiki.kernels.attention import active
+from tsugiki.kernels.head import head_losses
 from tsugiki.route import before_first
 
 
 @contextmanager
-def _head_sees_only(model: nn.Module, rows: torch.Tensor, columns: torch.Tensor, width: int) -> Iterator[bool]:
-    """Give the output head just the hidden states at (rows, columns), as (N, 1, D); yields whether it does.
+def _head_sees(model: nn.Module, rows: torch.Tensor, columns: torch.Tensor, width: int,
+               whole: bool) -> Iterator[list[torch.Tensor]]:
+    """Give the output head just the hidden states at (rows, columns), as (N, 1, D), or only the first of them unless `whole`.
+    Yields a list that the forward leaves all of them in, (N, D).
 
     Columns count from the right end, so virtual tokens at the left change nothing; one position a row, since outputs
-    longer than the text are taken for text with virtual tokens. A head that adapters edit sees every position, since
-    their rows are told by their place in the batch.
+    longer than the text are taken for text with virtual tokens.
     """
-    head = model.get_output_embeddings()
-    if head is None or any(tap.posts or tap.pres for tap in getattr(head, "taps_out", [])):
-        yield False
-        return
+    found: list[torch.Tensor] = []
 
     def select(module, args):
         hidden = args[0]                                                        # (B, P + T, D)
-        return (hidden[rows, columns + (hidden.shape[1] - width)].unsqueeze(1), *args[1:])
+        found.append(hidden[rows, columns + (hidden.shape[1] - width)])
+        return (found[0][:None if whole else 1].unsqueeze(1), *args[1:])
 
-    handle = head.register_forward_pre_hook(select)
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        yield True
+        yield found
     finally:
         handle.remove()
+
+
+def _edited(head: nn.Module) -> bool:
+    """Whether adapters edit the head: it then sees every position, since their rows are told by their place in the batch."""
+    return any(tap.posts or tap.pres for tap in getattr(head, "taps_out", []))
+
+
+# Models that do more with the head's output than give it back (soft caps, scales), found by their first batch.
+_has_tail: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def takes_positions(model: nn.Module) -> bool:
@@ -60,11 +71,24 @@ def token_losses(model: nn.Module, batch: Batch, **route: object) -> tuple[torch
     inputs = {"input_ids": batch.ids, "use_cache": False} | route
     if batch.packed:
         inputs["position_ids"] = batch.positions
+        if active(model):
+            inputs["cu_seq_lens_q"] = batch.ends()
     if getattr(getattr(model, "adapters", None), "placed", None):                # some adapter must know where prompts end
         inputs["prompt_mask"] = _prompts(batch)
-    with _head_sees_only(model, rows, columns, batch.ids.shape[1]) as selected:
-        logits = model(**inputs).logits
-    logits = logits[:, 0] if selected else logits[rows, columns]                   # (N, V)
+    head, targets = model.get_output_embeddings(), batch.targets[rows, columns]
+    if head is None or _edited(head) or not len(rows):
+        logits = model(**inputs).logits[rows, columns]                          # (N, V)
+    else:
+        if type(head) is nn.Linear and model not in _has_tail:
+            with _head_sees(model, rows, columns, batch.ids.shape[1], whole=False) as found:
+                first = model(**inputs).logits[:, 0]                            # (1, V)
+            with torch.no_grad():
+                plain = bool((first == F.linear(found[0][:1].unsqueeze(1), head.weight, head.bias)[:, 0]).all())
+            if plain:
+                return head_losses(found[0], head.weight, head.bias, targets), batch.samples[rows, columns]
+            _has_tail[model] = True
+        with _head_sees(model, rows, columns, batch.ids.shape[1], whole=True):
+            logits = model(**inputs).logits[:, 0]                               # (N, V)
     if logits.dtype != torch.float64:
         logits = logits.float()
-    return F.cross_entropy(logits, batch.targets[rows, columns], reduction="none"), batch.samples[rows, columns]
+    return F.cross_entropy(logits, targets, reduction="none"), batch.samples[rows, columns]

@@ -7,7 +7,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,20 +21,25 @@ from tsugiki import formats
 from tsugiki.adapters import attach
 from tsugiki.config import RunConfig, TrainConfig
 from tsugiki.data import Columns, Conversation, Renderer, duplicates, load_conversations, split
-from tsugiki.data.batch import collate, step_rows, stream_key
+from tsugiki.data.batch import Batch, collate, step_rows, stream_key
 from tsugiki.data.render import Example
+from tsugiki.edit import Config
 from tsugiki.errors import UserError
 from tsugiki.evaluate.answers import generate_answers, room
 from tsugiki.evaluate.score import evaluate
 from tsugiki.formats.export import export_model
+from tsugiki.kernels.attention import active
 from tsugiki.load import compute_dtype, pad_id, stored_dtype
-from tsugiki.memory import MAPPED, keep_freed_memory
+from tsugiki.memory import MAPPED, allocator, keep_freed_memory
 from tsugiki.methods import Full, make
 from tsugiki.route import token_keys
 from tsugiki.sites import family_of, find, width
-from tsugiki.train.layout import choose_layout, largest_tensor
+from tsugiki.train.compiled import compiling
+from tsugiki.train.fitting import Fit, made_again, measured
+from tsugiki.train.layout import arranged, largest_tensor
 from tsugiki.train.log import MetricsFile, console
 from tsugiki.train.loop import Job, Progress, fit
+from tsugiki.train.loss import token_losses
 from tsugiki.train.report import write_report
 from tsugiki.weights import few_bits, numel
 
@@ -175,34 +180,70 @@ def run(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, *, quiet: bool 
     scoring = None
     if rows.held_out:
         scoring = partial(evaluate, model, renderer, rows.held_out, cfg.eval, pad_id(tokenizer), limit)
-    device = next(iter(params.values())).device
-    autocast = full and compute_dtype(train.dtype, device) == torch.bfloat16
-    base = nullcontext if full else partial(attach(model).use, None)
-    rate = method.rate(width(model)) if train.lr is None else train.lr
-    job = Job(model, params, examples, train, rate, pad_id(tokenizer),
-              choose_layout(model, examples, train, virtual=bool(adapter and adapter.virtual)),
-              route=route_of(cfg, adapter), evaluate=scoring,
-              untrained=base, adapter=adapter,
-              autocast=partial(torch.autocast, device.type, torch.bfloat16) if autocast else nullcontext)
-    if train.compile:
-        for layer in find(model, family_of(model).layers, "layers"):
-            layer.compile()
-    trainable, total = sum(p.numel() for p in params.values()), _count(model, params, full)
-    say(f"{type(method).name}: {trainable:,} of {total:,} parameters trained ({trainable / total:.2%}), {job.steps} steps, "
-        f"{'bf16' if autocast else str(model.dtype)[6:]} on {device.type}, "
-        f"{f'base in {b} bits, ' if (b := few_bits(model)) else ''}layout {job.layout}, learning rate {rate:g}"
-        + (f" ({type(method).name}'s for a base {width(model)} wide)" if train.lr is None else ""))
-    picked = rows.held_out[:3] if any(c.kind != "text" for c in rows.held_out[:3]) else []
-    answers = partial(generate_answers, model, renderer, picked, cfg.eval.max_new_tokens, 8, pad_id(tokenizer)) if picked else None
-    claim(out, cfg, rows.fingerprint)                 # from here on the folder is this run's
-    progress = fit(job, out, quiet=quiet, say=say,
-                   samples=(lambda: [{"before": a} for a in answers()]) if answers else None)
-    saved = _save(model, tokenizer, adapter, cfg, renderer, rows.train[0].kind)
+    with ExitStack() as stack:
+        job, fit_ = _prepare(stack, model, tokenizer, cfg, method, params, adapter, examples, scoring, say)
+        trainable, total = sum(p.numel() for p in params.values()), _count(model, params, full)
+        _say_start(job, fit_, model, method, trainable, total, say)
+        picked = rows.held_out[:3] if any(c.kind != "text" for c in rows.held_out[:3]) else []
+        answers = partial(generate_answers, model, renderer, picked, cfg.eval.max_new_tokens, 8, pad_id(tokenizer))
+        claim(out, cfg, rows.fingerprint)             # from here on the folder is this run's
+        progress = fit(job, out, quiet=quiet, say=say, samples=(lambda: [{"before": a} for a in answers()]) if picked else None)
+        saved = _save(model, tokenizer, adapter, cfg, renderer, rows.train[0].kind)
+        shown = [s | {"prompt": c.prompt_text, "expected": c.reference, "after": a}
+                 for s, c, a in zip(progress.samples, picked, answers() if picked else [], strict=False)]
     result = Result(out, saved, progress, job.steps, trainable, total)
-    shown = [s | {"prompt": c.prompt_text, "expected": c.reference, "after": a}
-             for s, c, a in zip(progress.samples, picked, answers() if answers else [], strict=False)]
     write_report(out / "report.html", _report(result, cfg, params, shown, type(method).name))
     return result
+
+
+def _prepare(stack: ExitStack, model: nn.Module, tokenizer, cfg: RunConfig, method, params: dict, adapter, examples, scoring,
+             say: Callable[[str], None]) -> tuple[Job, Fit]:
+    """The job, and how its forwards fit into memory; what is changed about the model for it is undone when `stack` closes."""
+    train, full, pad = cfg.train, adapter is None, pad_id(tokenizer)
+    device = next(iter(params.values())).device
+    mixed = full and compute_dtype(train.dtype, device) == torch.bfloat16
+    autocast = partial(torch.autocast, device.type, torch.bfloat16) if mixed else nullcontext
+    route, layers = route_of(cfg, adapter), _layers(model)
+    layout = stack.enter_context(arranged(model, examples, train, virtual=bool(adapter and adapter.virtual)))
+
+    def losses(batch: Batch) -> torch.Tensor:
+        with autocast():
+            return token_losses(model, batch, **route(batch, 0))[0].sum()
+    trained = sum(p.numel() for p in params.values())
+    fit_ = measured(model, examples, train, len(layers), trained, losses)
+    stack.enter_context(made_again(layers, fit_.again))
+    steps = train.steps or train.epochs * math.ceil(len(examples) / train.batch_size)
+    work = steps * train.batch_size * sum(len(e.ids) for e in examples) / len(examples)
+    work *= (6 if full else 4) * sum(p.numel() for layer in layers for p in layer.parameters())
+    wish = "off" if train.compile == "auto" and fit_.again else train.compile
+    compiled = stack.enter_context(compiling(layers, wish, work, device, say))
+    return Job(model, params, examples, dataclasses.replace(train, max_tokens=fit_.tokens),
+               method.rate(width(model)) if train.lr is None else train.lr, pad, layout, route=route, evaluate=scoring,
+               untrained=nullcontext if full else partial(attach(model).use, None), adapter=adapter, autocast=autocast,
+               layers=compiled), fit_
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers; none of a model whose family is not known, which can be trained full."""
+    try:
+        return list(find(model, family_of(model).layers, "layers"))
+    except UserError:
+        return []
+
+
+def _say_start(job: Job, fit_: Fit, model: nn.Module, method: Config, trainable: int, total: int,
+               say: Callable[[str], None]) -> None:
+    """What is trained, and what was chosen for this machine, a line each."""
+    device = next(iter(job.params.values())).device
+    mixed = "bf16" if job.autocast is not nullcontext else str(model.dtype)[6:]
+    bits = f"base in {b} bits, " if (b := few_bits(model)) else ""
+    whose = f" ({method.name}'s for a base {width(model)} wide)" if job.cfg.lr is None else ""
+    say(f"{method.name}: {trainable:,} of {total:,} parameters trained ({trainable / total:.2%}), {job.steps} steps, "
+        f"{mixed} on {device.type}, {bits}layout {job.layout}, learning rate {job.lr:g}{whose}")
+    again = f", {fit_.again} of {len(job.layers.layers)} layers computed again in backward" if fit_.again else ""
+    where = f"{torch.get_num_threads()} threads, {allocator()}" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    say(f"forwards of at most {fit_.tokens:,} tokens{again}, attention {'by document' if active(model) else 'of the model'}, "
+        f"{'compiled' if job.layers.on else 'eager'}; {where}")
 
 
 def _say_report(report, limit: int, say: Callable[[str], None]) -> None:

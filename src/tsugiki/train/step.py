@@ -69,8 +69,12 @@ def train_step(model: nn.Module, batches: Sequence[Batch], params: dict[str, nn.
     silent = [n for n, p in params.items() if p.grad is None] if step == 1 else []
     if silent:
         raise RunError(f"step 1: {len(silent)} trained tensors get no gradient, first {silent[0]}: they would stay as they are")
-    optimizer.step()
-    after()
+    try:
+        optimizer.step()
+        after()
+    except (RuntimeError, MemoryError) as e:          # some tensors may be updated: this step cannot be taken again
+        raise RunError(f"step {step}: the update failed ({next(iter(str(e).splitlines()), type(e).__name__)[:200]}); "
+                       "the last checkpoint is good") from e
     optimizer.zero_grad(set_to_none=True)
     return StepResult(total / count, count, sum(b.tokens for b in batches), float(norm))
 

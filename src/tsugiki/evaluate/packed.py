@@ -1,0 +1,100 @@
+"""Linears whose weights lie as the CPU's matrix product wants them: it packs them at every call, a copy is packed once."""
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PAYS = 24                                             # decoding steps from which packing costs less than it saves
+SMALLEST = 1 << 14                                    # weights of a linear from which the product outweighs the call
+SHARE = 0.5                                           # of the memory that is free now
+CLOSE = {torch.bfloat16: 0.0, torch.float32: 1e-5}    # how far a product may be from torch's own, relative to its size
+
+
+class Packed(nn.Linear):
+    """A linear with a packed copy of its weight, for inference; everything else is the linear that it stands for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        changed = weight._version != self.version or weight is not self.source
+        if changed or x.dtype != weight.dtype or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return F.linear(x, weight, self.bias)
+        return _product(x, self.copy, self.bias)
+
+
+def _product(x: Tensor, copy: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, copy, bias, "none", [], "")
+
+
+def packed(model: nn.Module, steps: int) -> nn.Module:
+    """A model that shares everything with `model` but its linears, which are packed; `model` itself where that does not pay.
+
+    Modules on the way to a linear are shallow copies: parameters, hooks and adapters are the same objects. For decoding
+    on a CPU in bfloat16 (the same bits) and float32 (the same to rounding); `steps` tokens will be decoded.
+    """
+    linears = [m for m in model.modules() if _fits(m)]
+    size = sum(m.weight.numel() * m.weight.element_size() for m in linears)
+    if steps < PAYS or not linears or size > SHARE * free_memory():
+        return model
+    with torch.no_grad():
+        return _copy(model, {m: p for m in linears if (p := _pack(m)) is not None})
+
+
+def _fits(module: nn.Module) -> bool:
+    if type(module) is not nn.Linear or "forward" in module.__dict__ or module.weight.device.type != "cpu":
+        return False
+    return type(module.weight) is nn.Parameter and module.weight.numel() >= SMALLEST and _works(module.weight.dtype)
+
+
+@functools.cache
+def _works(dtype: torch.dtype) -> bool:
+    """Whether this torch on this machine packs weights of this type and multiplies with them as it does without."""
+    if dtype not in CLOSE or not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        draw = torch.Generator().manual_seed(0)
+        weight, bias, x = (torch.randn(*shape, generator=draw).to(dtype) for shape in ((192, 320), (192,), (5, 1, 320)))
+        with torch.no_grad():
+            copy = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+            pairs = [(F.linear(x, weight, b), _product(x, copy, b)) for b in (None, bias)]
+        return all(float((y - z).abs().max()) <= CLOSE[dtype] * float(y.abs().max()) for y, z in pairs)
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+
+
+def _pack(linear: nn.Linear) -> Packed:
+    new = _shallow(linear)
+    new.__class__ = Packed
+    new.__dict__.update(source=linear.weight, version=linear.weight._version,
+                        copy=torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None))
+    return new
+
+
+def _copy(module: nn.Module, by: dict[nn.Module, Packed]) -> nn.Module:
+    """The module with what `by` replaces; itself if nothing in it is replaced. A module that is there twice becomes one."""
+    if module in by:
+        return by[module]
+    children = {name: child and _copy(child, by) for name, child in module._modules.items()}
+    if all(children[name] is child for name, child in module._modules.items()):
+        return module
+    new = by[module] = _shallow(module)
+    new.__dict__["_modules"] = children
+    return new
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    new = object.__new__(type(module))
+    new.__dict__.update(module.__dict__)
+    new.__dict__["_compiled_call_impl"] = None        # it would run the module that this is a copy of
+    return new
+
+
+def free_memory() -> float:
+    """Bytes that Linux could give now; elsewhere none is known, and none is taken."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as f:
+            return next(float(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return 0.0

@@ -1,0 +1,168 @@
+"""Every fast path equals its plain twin: attention by document, and the head that makes its loss in chunks."""
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kit import PAD, TOKENIZER, llama
+from test_step import rows
+from tiny import EXACT, LOOSER, tiny
+
+from tsugiki.adapters import attach
+from tsugiki.config import TrainConfig
+from tsugiki.data.batch import collate, micro_batches
+from tsugiki.kernels import head
+from tsugiki.kernels.attention import BLOCK, active, by_document, documents, groups
+from tsugiki.kernels.head import head_losses
+from tsugiki.methods import LoRA
+from tsugiki.sites import FAMILIES
+from tsugiki.train import loss as loss_module
+from tsugiki.train.layout import arranged, packs
+from tsugiki.train.loss import token_losses
+
+F64 = torch.float64
+LENGTHS = {"one": (17,), "ones": (1, 1, 1), "alike": (6, 6, 6), "unlike": (5, 60, 7, 31, 1, 6), "long": (BLOCK + 40, 3, 2 * BLOCK)}
+BY_DOCUMENT = [k for k in FAMILIES if k not in ("gptj", "bloom", "gemma2")]     # their attention is not plain or not by name
+
+
+def tensors(tokens: int, heads: int, kv: int, dtype=F64, rows: int = 1):
+    g = torch.Generator().manual_seed(tokens)
+    def one(h):
+        return torch.randn(rows, tokens, h, 8, dtype=dtype, generator=g).transpose(1, 2).requires_grad_()
+    return one(heads), one(kv), one(kv), torch.randn(rows, tokens, heads, 8, dtype=dtype, generator=g)
+
+
+def plain(q, k, v, lengths, scale):
+    """torch's own attention, a document at a time."""
+    parts = [F.scaled_dot_product_attention(*ts, is_causal=True, scale=scale, enable_gqa=True)
+             for ts in zip(*(t.split(lengths, 2) for t in (q, k, v)), strict=True)]
+    return torch.cat(parts, 2).transpose(1, 2)
+
+
+def ends(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+@pytest.mark.parametrize("heads", [(6, 2), (4, 4), (3, 1)], ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_attention_by_document_is_attention_of_each_document(lengths, heads):
+    q, k, v, g = tensors(sum(lengths), *heads)
+    got, want = documents(q, k, v, ends(lengths), 0.3), plain(q, k, v, lengths, 0.3)
+    assert (got - want).abs().max() <= EXACT and want.abs().max() > 0.1
+    for a, b in zip(torch.autograd.grad(got, (q, k, v), g), torch.autograd.grad(want, (q, k, v), g), strict=True):
+        assert (a - b).abs().max() <= 10 * EXACT and (b.abs().max() > 0.1 or sum(lengths) == len(lengths))
+
+
+def test_rows_without_ends_are_one_document_each():
+    q, k, v, g = tensors(9, 4, 2, rows=3)
+    got, want = documents(q, k, v, None, 0.3), plain(q, k, v, (9,), 0.3)
+    assert (got - want).abs().max() <= EXACT
+    for a, b in zip(torch.autograd.grad(got, (q, k, v), g), torch.autograd.grad(want, (q, k, v), g), strict=True):
+        assert (a - b).abs().max() <= EXACT
+
+
+def test_attention_by_document_has_the_gradient_of_finite_differences_and_a_shape_for_compilation():
+    q, k, v, _ = tensors(7, 4, 2)
+    assert torch.autograd.gradcheck(lambda *t: documents(*t, ends((3, 4)), 0.3), (q, k, v))
+    torch.library.opcheck(documents, (q, k, v, ends((3, 4)), 0.3), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_in_16_bits_it_is_as_near_to_the_truth_as_torchs_own():
+    lengths = (50, 44, 130)
+    exact = tensors(sum(lengths), 6, 2)
+    low = [t.detach().bfloat16().requires_grad_() for t in exact[:3]]
+    truth = torch.autograd.grad(plain(*exact[:3], lengths, 0.3), exact[:3], exact[3])
+    ours = torch.autograd.grad(documents(*low, ends(lengths), 0.3), low, exact[3].bfloat16())
+    theirs = torch.autograd.grad(plain(*low, lengths, 0.3), low, exact[3].bfloat16())
+    for a, b, t in zip(ours, theirs, truth, strict=True):
+        assert (a - t).norm() <= 2 * (b - t).norm() and (a - t).norm() > 0
+
+
+def test_a_group_holds_documents_of_like_length_and_all_are_in_one():
+    lengths = (5, 60, 7, 31, 1, 6, 58, 300)
+    found = groups(lengths, 9)
+    tokens = torch.cat([g.rows if g.real is None else g.rows[g.real] for g in found])
+    assert sorted(tokens.tolist()) == list(range(sum(lengths)))
+    assert all(g.real is None or len(g.real) >= 0.5 * len(g.rows) for g in found) and len(found) < len(lengths)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_chunked_head_is_cross_entropy_of_all_logits(bias, trained, monkeypatch):
+    monkeypatch.setattr(head, "LOGITS", 16 * 50)                             # several chunks
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 12, dtype=F64, generator=g).requires_grad_() for n in (41, 50))
+    b = torch.randn(50, dtype=F64, generator=g).requires_grad_() if bias else None
+    targets, weights = torch.randint(0, 50, (41,), generator=g), torch.rand(41, dtype=F64, generator=g)
+    head_of = (weight, b) if trained else (weight.detach(), None if b is None else b.detach())
+    got = head_losses(hidden, *head_of, targets)
+    want = F.cross_entropy(F.linear(hidden, weight, b), targets, reduction="none")
+    assert (got - want).abs().max() <= EXACT
+    by = [t for t in (hidden, *head_of) if t is not None and t.requires_grad]
+    for a, c in zip(torch.autograd.grad((got * weights).sum(), by), torch.autograd.grad((want * weights).sum(), by), strict=True):
+        assert (a - c).abs().max() <= EXACT and c.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_step_by_document_has_the_losses_and_gradients_of_one_with_masks(kind):
+    """Packed rows, on every family that takes attention by name; the others are left as they are."""
+    examples, model = rows(), llama(F64, kind)
+    params = attach(model).add("a", LoRA(rank=4)).parameters()
+    if not packs(model):
+        pytest.skip("this family takes no positions, so its rows are not packed")
+    [forward] = micro_batches([len(e.ids) for e in examples], range(8), "pack", 4096)
+    batch, found = collate(examples, forward, PAD), []
+    with torch.no_grad():
+        for p in params.values():
+            p.add_(0.02)
+    with arranged(model, examples, TrainConfig(layout="pack"), virtual=False) as layout:
+        assert layout == "pack" and active(model) == (kind in BY_DOCUMENT)
+        for fast in (True, False):
+            if not fast and active(model):
+                model.set_attn_implementation("sdpa")
+            losses, of = token_losses(model, batch, adapter_ids="a")
+            found.append((losses.detach(), *torch.autograd.grad(losses.sum(), list(params.values()))))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= LOOSER.get(kind, 1e-11) and b.abs().max() > 0
+    assert not active(model), "the model keeps an attention that is not its own"
+
+
+def test_a_model_that_does_more_with_its_logits_is_told_from_one_that_does_not():
+    """Gemma 2 caps them: its loss is still that of its own logits; Llama's is made in chunks."""
+    examples = rows()
+    for kind in ("llama", "gemma2"):
+        model = tiny(kind, F64, vocab_size=len(TOKENIZER), **({"final_logit_softcapping": 0.5} if kind == "gemma2" else {}))
+        batch = collate(examples, [[i] for i in range(8)], PAD)
+        at = batch.targets >= 0
+        for _ in range(2):
+            losses, _ = token_losses(model, batch)
+            want = F.cross_entropy(model(batch.ids).logits[at], batch.targets[at], reduction="none")
+            assert (losses - want).abs().max() <= EXACT
+        assert (model in loss_module._has_tail) == (kind == "gemma2")
+
+
+def test_generation_and_padded_masks_still_work_while_attention_goes_by_document():
+    model = llama(F64)
+    ids = torch.tensor([[0, 0, 5, 6, 7], [4, 9, 8, 7, 6]])
+    mask = (ids > 0).long()
+    want = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=PAD)
+    logits = model(ids, attention_mask=mask).logits[mask.bool()]
+    with by_document(model) as there:
+        assert there
+        assert torch.equal(model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=PAD),
+                           want)
+        assert (model(ids, attention_mask=mask).logits[mask.bool()] - logits).abs().max() <= EXACT
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_packed_rows_without_their_ends_are_refused_by_the_probe():
+    """A model that drops the ends on the way to its attention would mix documents: it is not taken."""
+    class Deaf(type(llama())):
+        def forward(self, input_ids=None, position_ids=None, cu_seq_lens_q=None, **kwargs):
+            return super().forward(input_ids, position_ids=position_ids, **kwargs)
+    model = llama(F64)
+    model.__class__ = Deaf
+    with by_document(model):
+        assert not packs(model)
+    with arranged(model, rows(), TrainConfig(layout="pack"), virtual=False) as layout:
+        assert layout == "pack" and not active(model)
