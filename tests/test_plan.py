@@ -174,7 +174,7 @@ def test_memory_is_that_of_the_layout(folders):
     usual = need()
     assert usual.memory == usual.weights + usual.optimizer + usual.activations == usual.plain()["memory_bytes"]
     assert need(tokens=4096).activations == pytest.approx(2 * usual.activations, rel=0.05)
-    assert need(trained=0.1).activations < 0.9 * usual.activations                # the head runs only where a token is trained
+    assert need(trained=0.1).activations < 0.95 * usual.activations               # the head runs only where a token is trained
     assert need(length=256).flops > usual.flops                                   # attention
     assert need(dtype=torch.bfloat16).weights < 0.6 * usual.weights
     full = small(folders["llama"], Full())
