@@ -215,8 +215,8 @@ def sst2_section() -> str:
     tried = collections.Counter(key.partition("/")[0] for key in search["search"])
     text = SST2_TEXT.format(**found["setup"], words=found["words"], base=found["base"]["accuracy"], width=found["width"],
                             steps=max((r.get("steps", 0) for of in runs.values() for r in of), default=0),
-                            search_rows=search["setup"]["rows"], once=sum(n == 1 for n in tried.values()), last=made_by.LAST,
-                            guess=math.log(2) / 2,
+                            search_rows=search["setup"]["rows"], once=sum(n == 1 for n in tried.values()),
+                            last=made_by.LAST, guess=math.log(2) / 2,
                             env=", ".join(f"{k} {v}" for k, v in found["environment"].items() if v != ""))
     head = ("method", "accuracy", "least", "most", "seeds", "rate", "train loss", "trained", "seconds")
     below = [row for name, of in runs.items() if (row := sst2_exception(made_by, name, of))]
