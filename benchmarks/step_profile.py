@@ -87,7 +87,8 @@ def main() -> None:
     g = torch.Generator().manual_seed(0)
     lengths = torch.randint(args.length // 2, args.length * 3 // 2, (args.documents,), generator=g).tolist()
     vocabulary = values["vocab_size"]
-    rows = [Example(torch.randint(5, vocabulary, (n,), generator=g).tolist(), [i >= n // 3 for i in range(n)], "row") for n in lengths]
+    rows = [Example(torch.randint(5, vocabulary, (n,), generator=g).tolist(), [i >= n // 3 for i in range(n)], "row")
+            for n in lengths]
     optimizer, cfg = adamw(params, 1e-4, 0.0, 0.999), TrainConfig()
     with arranged(model, rows, cfg, virtual=False) as layout:
         if args.compile:

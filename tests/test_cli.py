@@ -367,3 +367,28 @@ def test_as_a_process_bad_input_is_2_and_a_failed_run_1(base, tmp_path):
     last = said[0][1].splitlines()[-1]
     assert last.startswith("stopped: step 1: the loss is not finite in") and f"{rows}:" in last
     assert len(said[1][1].splitlines()) <= 3 and f"{tmp_path / 'bad.jsonl'}:1:" in said[1][1]
+
+
+def test_long_commands_start_over_with_tcmalloc_once_where_it_is_installed(monkeypatch):
+    from tsugiki.cli import main as cli
+    calls = []
+    monkeypatch.setattr(cli.os, "execv", lambda *a: calls.append(a))
+    monkeypatch.setattr(cli, "find_library", lambda name: "libtcmalloc_minimal.so.4" if name == "tcmalloc_minimal" else None)
+    monkeypatch.setattr(cli.sys, "platform", "linux")
+
+    def start(command, **env):
+        monkeypatch.setattr(cli.sys, "argv", ["tsugiki", command, "--data", "x"])
+        for name in ("LD_PRELOAD", "TSUGIKI_ALLOCATOR"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        cli._with_tcmalloc()
+    start("train")
+    assert calls.pop() == (sys.executable, [sys.executable, "-m", "tsugiki.cli.main", "train", "--data", "x"])
+    assert cli.os.environ["LD_PRELOAD"] == "libtcmalloc_minimal.so.4"
+    start("methods")                                  # too short to matter
+    start("train", LD_PRELOAD="other.so")             # somebody chose already, or this is the second start
+    start("train", TSUGIKI_ALLOCATOR="system")
+    monkeypatch.setattr(cli, "find_library", lambda name: None)
+    start("train")
+    assert not calls

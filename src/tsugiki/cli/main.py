@@ -6,11 +6,14 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from ctypes.util import find_library
 
 from tsugiki.errors import RunError, UserError, nearest
 
 EPILOG = ("Every flag is a key of the run's configuration; --config FILE.yaml and --set a.b=c set the same keys. "
           "See docs/configuration.md.")
+
+HEAVY = ("demo", "train", "eval")                     # commands that compute for long
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,7 +61,21 @@ def common(p: argparse.ArgumentParser, base: bool = True, bits: bool = False) ->
     p.add_argument("--quiet", action="store_true", help="no progress")
 
 
+def _with_tcmalloc() -> None:
+    """Start over with tcmalloc, where it is installed: a CPU's training steps fault fewer pages (benchmarks/malloc.py). It must be
+    there before the process begins, so once it is set this returns. TSUGIKI_ALLOCATOR=system leaves the allocator alone.
+    """
+    if sys.platform != "linux" or os.environ.get("LD_PRELOAD") or os.environ.get("TSUGIKI_ALLOCATOR") == "system":
+        return
+    name = find_library("tcmalloc_minimal") or find_library("tcmalloc")
+    if name and sys.argv[1:2] and sys.argv[1] in HEAVY:
+        os.environ["LD_PRELOAD"] = name
+        os.execv(sys.executable, [sys.executable, "-m", "tsugiki.cli.main", *sys.argv[1:]])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    if argv is None:
+        _with_tcmalloc()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         args, unknown = parser().parse_known_args(argv)

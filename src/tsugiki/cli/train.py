@@ -20,7 +20,7 @@ KEYS = {"base": "base", "out": "out", "adapter_name": "adapter", "device": "devi
         "completion": "data.completion", "holdout": "data.holdout", "max_rows": "data.max_rows", "epochs": "train.epochs",
         "steps": "train.steps", "lr": "train.lr", "batch_size": "train.batch_size", "max_length": "train.max_length",
         "seed": "train.seed", "dtype": "train.dtype", "eval_steps": "train.eval_steps", "save_steps": "train.save_steps",
-        "metric": "eval.metric"}
+        "metric": "eval.metric", "compile": "train.compile"}
 
 
 def add(commands) -> None:
@@ -41,6 +41,7 @@ def add(commands) -> None:
                        ("lr", "peak learning rate (default: the method's)"), ("batch-size", "rows of one step (16)"),
                        ("max-length", "longest row in tokens (512)"), ("seed", "everything random is drawn from it (0)"),
                        ("eval-steps", "evaluate every so many steps"), ("save-steps", "a checkpoint every so many steps"),
+                       ("compile", "auto (the default: in runs so long that it pays), on or off"),
                        ("metric", "auto, exact, choice, bleu or loss"), ("adapter-name", "name of the adapter (default)")):
         p.add_argument(f"--{flag}", help=text)
     p.add_argument("--config", metavar="FILE", help="a YAML file of the same keys; flags win over it")

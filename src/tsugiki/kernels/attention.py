@@ -34,14 +34,14 @@ class Group:
 
 @lru_cache(maxsize=32)
 def groups(lengths: tuple[int, ...], heads: int) -> tuple[Group, ...]:
-    """Cut documents into groups: within one, at most an eighth of a length is filling."""
+    """Cut documents into groups: within one, a document is filled by at most an eighth of its length, or 16 tokens."""
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
     order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i])
     found, at = [], 0
     while at < len(order):
         longest = lengths[order[at]]
         most = max(1, SCORES // (heads * longest * min(longest, BLOCK)))
-        members = [i for i in order[at:at + most] if longest - lengths[i] <= max(4, longest // 8)]
+        members = [i for i in order[at:at + most] if longest - lengths[i] <= max(16, longest // 8)]
         at += len(members)
         rows = torch.stack([_padded(starts[i], lengths[i], longest) for i in members]).flatten()
         real = (rows >= 0).nonzero().flatten()
