@@ -166,3 +166,20 @@ def test_packed_rows_without_their_ends_are_refused_by_the_probe():
         assert not packs(model)
     with arranged(model, rows(), TrainConfig(layout="pack"), virtual=False) as layout:
         assert layout == "pack" and not active(model)
+
+
+def test_full_fine_tuning_under_autocast_takes_the_fast_paths_and_has_the_plain_gradients():
+    examples, model = rows(), llama(torch.float32)
+    [forward] = micro_batches([len(e.ids) for e in examples], range(8), "pack", 4096)
+    batch, params, found = collate(examples, forward, PAD), list(model.parameters()), []
+    with arranged(model, examples, TrainConfig(layout="pack"), virtual=False):
+        assert active(model)
+        for fast in (True, False):
+            if not fast:
+                model.set_attn_implementation("sdpa")
+                loss_module._has_tail[model] = True                          # its own logits
+            with torch.autocast("cpu", torch.bfloat16):
+                losses, _ = token_losses(model, batch)
+            found.append((losses.detach(), *torch.autograd.grad(losses.mean(), params)))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= 0.03 * b.norm() and b.norm() > 0 and a.dtype == b.dtype

@@ -201,9 +201,12 @@ def _forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atten
     plain = attention_mask is None and not dropout and query.shape[2] == key.shape[2] > 1 \
         and kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False \
         and all(kwargs.get(name) is None for name in ("softcap", "s_aux", "position_bias", "cache"))
-    if plain and (query.device.type == "cpu" or _has_varlen(query, value)):
+    if plain and (query.device.type == "cpu" or _has_varlen(query, value)):     # value has the dtype that all will have
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         made = documents if query.device.type == "cpu" else _varlen
+        if torch.is_autocast_enabled(query.device.type):              # as torch's own attention: rotary leaves float32 behind
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = (t.to(dtype) for t in (query, key, value))
         return made(query, key, value, cu_seq_lens_q, float(scale)), None
     if cu_seq_lens_q is not None and attention_mask is None:
         raise RuntimeError("documents in one row cannot be told apart here: no mask was made")
@@ -211,7 +214,7 @@ def _forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atten
 
 
 def _has_varlen(query: Tensor, value: Tensor) -> bool:
-    return query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] == value.shape[-1] \
+    return query.device.type == "cuda" and value.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] == value.shape[-1] \
         and query.shape[-1] <= 256 and hasattr(torch.nn.attention, "varlen")
 
 
