@@ -8,6 +8,7 @@ from tiny import tiny
 
 from tsugiki.adapters import attach
 from tsugiki.config import TrainConfig, build
+from tsugiki.data.batch import micro_batches
 from tsugiki.errors import RunError
 from tsugiki.train import compiled, fitting
 from tsugiki.train.compiled import WORTH, compiling
@@ -165,3 +166,11 @@ def test_a_compiled_run_is_the_eager_run(tmp_path, monkeypatch):
     assert made == list(model.model.layers) and not [line for line in said if "cannot be compiled" in line]
     assert close(result_bits(found), result_bits(want)) <= NEAR
     assert all(layer._compiled_call_impl is None for layer in model.model.layers)
+
+
+def test_large_layers_are_cut_finer_than_small_ones():
+    small, large = ([torch.nn.Linear(n, n) for _ in range(4)] for n in (64, 2048))
+    assert fitting.overhead(small, CPU) == 512 and fitting.overhead(large, CPU) < 64
+    lengths = [100, 100, 60, 60]
+    assert micro_batches(lengths, range(4), "pad", 4096, overhead=200) == [[[0], [1], [2], [3]]]
+    assert micro_batches(lengths, range(4), "pad", 4096, overhead=20) == [[[0], [1]], [[2], [3]]]

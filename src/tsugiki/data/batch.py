@@ -12,7 +12,8 @@ from tsugiki.data.render import Example
 
 IGNORE = -100
 LAYOUTS = ("auto", "pad", "pack")
-# A forward costs about as much as this many more tokens (launches, small matrices); used only to choose cuts.
+# A forward costs about as much as this many more tokens (launches, small matrices) in a model of some million parameters;
+# used only to choose cuts.
 FORWARD_OVERHEAD = 192
 
 
@@ -71,7 +72,8 @@ def _order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(epoch_order(n, seed, epoch))
 
 
-def micro_batches(lengths: Sequence[int], rows: Sequence[int], layout: str, max_tokens: int) -> list[list[list[int]]]:
+def micro_batches(lengths: Sequence[int], rows: Sequence[int], layout: str, max_tokens: int,
+                  overhead: int = FORWARD_OVERHEAD) -> list[list[list[int]]]:
     """Cut one step's rows into forwards: a list of forwards, each a list of batch rows, each a list of documents.
 
     "pad": rows sorted by length and cut where padding plus overhead is least. "pack": documents laid end to end in
@@ -80,7 +82,7 @@ def micro_batches(lengths: Sequence[int], rows: Sequence[int], layout: str, max_
     ordered = sorted(rows, key=lambda i: (-lengths[i], i))
     if layout == "pack":
         return [[bin_] for bin_ in _bins(lengths, ordered, max_tokens)]
-    cuts = _cuts([lengths[i] for i in ordered], max_tokens)
+    cuts = _cuts([lengths[i] for i in ordered], max_tokens, overhead)
     return [[[i] for i in ordered[a:b]] for a, b in zip(cuts, cuts[1:], strict=False)]
 
 
@@ -96,7 +98,7 @@ def _bins(lengths: Sequence[int], ordered: Sequence[int], room: int) -> list[lis
     return [members for _, members in bins]
 
 
-def _cuts(lengths: Sequence[int], max_tokens: int) -> list[int]:
+def _cuts(lengths: Sequence[int], max_tokens: int, overhead: int) -> list[int]:
     """Cheapest way to cut descending lengths into groups of (rows x longest) <= max_tokens, by dynamic programming."""
     n = len(lengths)
     best, back = [0.0] + [float("inf")] * n, [0] * (n + 1)
@@ -105,7 +107,7 @@ def _cuts(lengths: Sequence[int], max_tokens: int) -> list[int]:
             area = (end - start) * lengths[start]
             if area > max_tokens and end - start > 1:
                 break
-            cost = best[start] + area + FORWARD_OVERHEAD
+            cost = best[start] + area + overhead
             if cost < best[end]:
                 best[end], back[end] = cost, start
     cuts = [n]

@@ -17,8 +17,15 @@ from tsugiki.memory import available, out_of_memory
 from tsugiki.route import pinned
 
 MOST = {"cpu": 4096, "cuda": 16384}                   # beyond this a forward is no quicker by the token
+LAUNCHES = {"cpu": 1.5e8, "cuda": 1e11}               # weights whose products of one token take as long as a layer's launches
 SHARE = 0.7                                           # of the memory that is free: what is measured is not all there will be
 PROBE = 128                                           # tokens that the measurement runs
+
+
+def overhead(layers: Sequence[nn.Module], device: torch.device) -> int:
+    """Tokens that cost as much as beginning another forward: a layer's launches beside its products of one token."""
+    weights = max(1, sum(p.numel() for layer in layers for p in layer.parameters()))
+    return int(min(512, max(8, len(layers) * LAUNCHES.get(device.type, LAUNCHES["cpu"]) / weights)))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import nn
 
 from tsugiki.adapters import Adapter
 from tsugiki.config import TrainConfig
-from tsugiki.data.batch import Batch, collate, micro_batches, step_rows
+from tsugiki.data.batch import FORWARD_OVERHEAD, Batch, collate, micro_batches, step_rows
 from tsugiki.data.render import Example
 from tsugiki.errors import RunError, UserError
 from tsugiki.evaluate.score import Score
@@ -52,6 +52,7 @@ class Job:
     untrained: Callable[[], AbstractContextManager] = nullcontext
     autocast: Callable[[], AbstractContextManager] = nullcontext
     adapter: Adapter | None = None                    # its method may scale rates, add a penalty, and act after each step
+    overhead: int = FORWARD_OVERHEAD                  # tokens that cost as much as beginning another forward
     layers: Layers | None = None                      # the decoder layers, where they may be compiled
 
     @property
@@ -203,7 +204,8 @@ class Steps:
         """One optimizer step, of the rows that (seed, step) give."""
         job, cfg, adapter = self.job, self.job.cfg, self.job.adapter
         rows = step_rows(len(job.examples), cfg.batch_size, cfg.seed, step)
-        cuts = micro_batches({i: len(job.examples[i].ids) for i in rows}, rows, job.layout, self.progress.max_tokens)
+        cuts = micro_batches({i: len(job.examples[i].ids) for i in rows}, rows, job.layout, self.progress.max_tokens,
+                             job.overhead)
         device = next(iter(job.params.values())).device
         return train_step(job.model, [collate(job.examples, cut, job.pad_id).to(device) for cut in cuts], job.params,
                           self.optimizer, clip=cfg.clip, step=step + 1,

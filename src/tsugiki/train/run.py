@@ -21,7 +21,7 @@ from tsugiki import formats
 from tsugiki.adapters import attach
 from tsugiki.config import RunConfig, TrainConfig
 from tsugiki.data import Columns, Conversation, Renderer, duplicates, load_conversations, split
-from tsugiki.data.batch import Batch, collate, step_rows, stream_key
+from tsugiki.data.batch import FORWARD_OVERHEAD, Batch, collate, step_rows, stream_key
 from tsugiki.data.render import Example
 from tsugiki.edit import Config
 from tsugiki.errors import UserError
@@ -35,7 +35,7 @@ from tsugiki.methods import Full, make
 from tsugiki.route import token_keys
 from tsugiki.sites import family_of, find, width
 from tsugiki.train.compiled import compiling
-from tsugiki.train.fitting import Fit, made_again, measured
+from tsugiki.train.fitting import Fit, made_again, measured, overhead
 from tsugiki.train.layout import arranged, largest_tensor
 from tsugiki.train.log import MetricsFile, console
 from tsugiki.train.loop import Job, Progress, fit
@@ -220,7 +220,7 @@ def _prepare(stack: ExitStack, model: nn.Module, tokenizer, cfg: RunConfig, meth
     return Job(model, params, examples, dataclasses.replace(train, max_tokens=fit_.tokens),
                method.rate(width(model)) if train.lr is None else train.lr, pad, layout, route=route, evaluate=scoring,
                untrained=nullcontext if full else partial(attach(model).use, None), adapter=adapter, autocast=autocast,
-               layers=compiled), fit_
+               overhead=overhead(layers, device) if layers else FORWARD_OVERHEAD, layers=compiled), fit_
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
