@@ -183,3 +183,36 @@ def test_full_fine_tuning_under_autocast_takes_the_fast_paths_and_has_the_plain_
             found.append((losses.detach(), *torch.autograd.grad(losses.mean(), params)))
     for a, b in zip(*found, strict=True):
         assert (a - b).norm() <= 0.03 * b.norm() and b.norm() > 0 and a.dtype == b.dtype
+
+
+def test_sixteen_bits_through_many_layers_are_no_disagreement():
+    """Rounding alone moves the logits of a deep model by some percent, as between transformers' own two ways."""
+    from tsugiki.methods import Prefix
+    from tsugiki.train.layout import _logits, _row
+    model = llama(torch.bfloat16, num_hidden_layers=24)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4)
+    attach(model).add("p", Prefix(tokens=4))
+    with torch.no_grad():
+        wanted = _logits(model, _row(model, 3))
+        with by_document(model):
+            apart = (_logits(model, _row(model, 3)) - wanted).norm() / wanted.norm()
+    assert apart > 0.01
+    with arranged(model, rows(), TrainConfig(), virtual=True) as layout:
+        assert layout == "pad" and active(model)
+
+
+def test_an_attention_that_does_something_else_is_not_taken(monkeypatch):
+    from tsugiki.kernels import attention
+    model, plain = llama(torch.bfloat16), attention._forward
+    def other(module, query, key, value, mask, scaling=None, **kwargs):
+        return plain(module, query, key, value, mask, scaling=2 * scaling, **kwargs)
+    attention.AttentionInterface.register(attention.NAME, other)
+    try:
+        with arranged(model, rows(), TrainConfig(), virtual=False):
+            assert not active(model)
+    finally:
+        attention.AttentionInterface.register(attention.NAME, plain)
+    with arranged(model, rows(), TrainConfig(), virtual=False):
+        assert active(model)
