@@ -24,7 +24,7 @@ demo: $(READY)  ## fine-tune the embedded model on the embedded tasks, score it 
 	$(BIN)/tsugiki demo --again
 
 test: lint      ## the linter, then every test: offline, one thread a worker, WORKERS=2
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --durations=15 $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(ARGS)
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check src tests scripts benchmarks examples

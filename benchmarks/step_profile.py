@@ -3,7 +3,8 @@
     python benchmarks/step_profile.py [--shape smollm2-135m] [--method lora] [--documents 16] [--length 174] [--compile]
 
 One packed step on random weights and rows, through the library's own step, under torch's profiler. The share of each kind, and
-the rate that its products reach beside the rate of a large product alone: what is left over is what could still be won.
+the rate that its products reach beside the rate of a large product alone: what is left over is what could still be won. The
+result is kept in benchmarks/results/step_profile.json, from which docs/benchmarks.md has it.
 """
 from __future__ import annotations
 
@@ -28,8 +29,10 @@ from tsugiki.train.optim import adamw
 from tsugiki.train.step import train_step
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from speed.report import cpu_name  # noqa: E402
 from speed.shapes import SHAPES  # noqa: E402
 
+RESULTS = Path(__file__).resolve().parent / "results" / "step_profile.json"
 THIN = 64                                             # a product with a side up to this is an adapter's
 
 
@@ -112,7 +115,11 @@ def main() -> None:
     reached = 4 * layers * tokens / found["base products"]
     print(f"base products run at {reached / 1e12:.3f} TFLOP/s, one large product alone at {rate / 1e12:.3f}; "
           f"without all the rest a step would take {found['base products'] + found['head products']:.2f} s")
-    print(json.dumps({k: round(v, 3) for k, v in found.items()}))
+    there = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    key = "/".join((args.shape, args.method, "compiled" if args.compile else "eager", cpu_name()))
+    there[key] = {"tokens": tokens, "seconds": {k: round(v, 3) for k, v in found.items()}, "reached": round(reached / 1e12, 3),
+                  "rate": round(rate / 1e12, 3), "threads": torch.get_num_threads(), "preload": os.environ.get("LD_PRELOAD", "")}
+    RESULTS.write_text(json.dumps(dict(sorted(there.items())), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -164,9 +164,48 @@ Written by `python benchmarks/train_speed.py --write-docs` from `benchmarks/resu
 """
 
 
+BOUNDS = """`python benchmarks/step_profile.py [--shape ...] [--compile]` prints it. On a processor without AMX the frozen weights'
+products take most of a step and already run at the rate of a product alone, so the gain over a peer is bounded by what the peer
+wastes: padding, logits of every token, quadratic masks, float32 adapters. What could still be won is the rest."""
+
+
+GENERATION = """`python benchmarks/generate_speed.py` measures it: greedy, the same prompts and as many new tokens, in turns.
+Without early ends the products of 32 rows bound both; where rows end early ours leave the batch, theirs go on being computed."""
+
+
+def _profiles() -> list[str]:
+    """Where a step's time goes, from benchmarks/step_profile.py."""
+    path = Path(__file__).resolve().parents[1] / "results" / "step_profile.json"
+    profiles = json.loads(path.read_text()) if path.exists() else {}
+    lines = []
+    for key, found in profiles.items():
+        whole = sum(found["seconds"].values())
+        parts = ", ".join(f"{k} {v / whole:.0%}" for k, v in sorted(found["seconds"].items(), key=lambda item: -item[1]))
+        lines.append(f"- {key.replace('/', ', ')}: a step of {found['tokens']:,} tokens takes {whole:.2f} s: {parts}. Base "
+                     f"products run at {found['reached']:.2f} TFLOP/s; one such product alone, at {found['rate']:.2f}.")
+    return lines
+
+
+def _generation() -> list[str]:
+    """Generation beside its peers, from benchmarks/generate_speed.py."""
+    path = Path(__file__).resolve().parents[1] / "results" / "generate_speed.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    lines = ["| case | side | new tokens | tokens/s | Tsugiki is | ms a token step |", "| --- | --- | --- | --- | --- | --- |"]
+    for case, run in found.items():
+        for name, side in run["sides"].items():
+            ratio = "" if name == "here" else f"{side['here_is_faster']:.2f}x"
+            lines.append(f"| {case} | {'Tsugiki' if name == 'here' else name} | {side['tokens']:,} | "
+                         f"{side['tokens_per_second']:.0f} | {ratio} | {side['step_ms']:.1f} |")
+    return lines if found else []
+
+
 def page(results: dict) -> str:
     """docs/benchmarks.md."""
     lines = [TEXT, "## Where Tsugiki loses", "", *_losing(results)]
+    if profiles := _profiles():
+        lines += ["", "## What bounds a step", "", BOUNDS, "", *profiles]
+    if generation := _generation():
+        lines += ["", "## Generation", "", GENERATION, "", *generation]
     for found in results.values():
         v, r = found["versions"], found["rows"]
         title = ", ".join(filter(None, (found[k] for k in ("shape", "method", "data", "preload"))))
