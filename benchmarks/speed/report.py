@@ -133,7 +133,16 @@ def _losing(results: dict) -> list[str]:
             for key, what in (("peak_gb", "GB at the peak"), ("first", "s to the first step")):
                 if key in s and key in ours and s[key] < ours[key]:
                     lines.append(f"- {where}: {SIDES[name]} needs {s[key]:.3g} {what}, Tsugiki {ours[key]:.3g}.")
+    for case, run in _results("generate_speed").items():
+        lines += [f"- Generation, {case}: {name} is {1 / side['here_is_faster']:.2f} times as fast."
+                  for name, side in run["sides"].items() if side["here_is_faster"] < 1]
     return lines or ["- In nothing that is measured so far."]
+
+
+def _results(name: str) -> dict:
+    """What another benchmark has left."""
+    path = Path(__file__).resolve().parents[1] / "results" / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 TEXT = """# Benchmarks
@@ -175,10 +184,8 @@ Without early ends the products of 32 rows bound both; where rows end early ours
 
 def _profiles() -> list[str]:
     """Where a step's time goes, from benchmarks/step_profile.py."""
-    path = Path(__file__).resolve().parents[1] / "results" / "step_profile.json"
-    profiles = json.loads(path.read_text()) if path.exists() else {}
     lines = []
-    for key, found in profiles.items():
+    for key, found in _results("step_profile").items():
         whole = sum(found["seconds"].values())
         parts = ", ".join(f"{k} {v / whole:.0%}" for k, v in sorted(found["seconds"].items(), key=lambda item: -item[1]))
         lines.append(f"- {key.replace('/', ', ')}: a step of {found['tokens']:,} tokens takes {whole:.2f} s: {parts}. Base "
@@ -188,8 +195,7 @@ def _profiles() -> list[str]:
 
 def _generation() -> list[str]:
     """Generation beside its peers, from benchmarks/generate_speed.py."""
-    path = Path(__file__).resolve().parents[1] / "results" / "generate_speed.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = _results("generate_speed")
     lines = ["| case | side | new tokens | tokens/s | Tsugiki is | ms a token step |", "| --- | --- | --- | --- | --- | --- |"]
     for case, run in found.items():
         for name, side in run["sides"].items():
