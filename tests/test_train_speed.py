@@ -49,12 +49,16 @@ def test_one_command_measures_both_sides_on_the_same_tokens_with_losses_that_agr
         assert SIDES[name] in done.stdout
 
 
-def test_the_page_says_where_a_peer_is_better_and_only_there(found):
+def test_the_page_says_where_a_peer_is_better_and_only_there(found, monkeypatch):
+    generation = {"tiny": {"sides": {"here": {"here_is_faster": 1.0}, "peer": {"here_is_faster": 0.5}}}}
+    monkeypatch.setattr(report, "_results", lambda name: generation if name == "generate_speed" else {})
+    monkeypatch.setattr(report, "_generation", lambda: [])
     result = copy.deepcopy(found[1])
     better = result["sides"]["trainer"] = result["sides"]["tsugiki"] | {"ratio": 0.5}
     page = report.page({"key": result})
     assert f"{SIDES['trainer']} is 2.00 times as fast" in page and "GB at the peak" not in page
-    better["ratio"] = 2.0
+    assert "Generation, tiny: peer is 2.00 times as fast" in page
+    better["ratio"] = generation["tiny"]["sides"]["peer"]["here_is_faster"] = 2.0
     assert "In nothing that is measured so far" in report.page({"key": result})
 
 
