@@ -36,14 +36,12 @@ RESULTS = Path(__file__).resolve().parent / "results" / "step_profile.json"
 THIN = 64                                             # a product with a side up to this is an adapter's
 
 
-def kind_of(name: str, shapes: list, vocabulary: int) -> str | None:
-    """Which kind an operation's own time belongs to."""
-    if name in ("aten::mm", "aten::addmm"):
-        sides = [n for s in shapes if len(s) == 2 for n in s]
-        if vocabulary in sides:
-            return "head products"
-        return "adapter products" if min(sides) <= THIN else "base products"
-    return "everything else"
+def kind_of(shapes: list, vocabulary: int) -> str:
+    """Whose product it is, by the sides of its matrices."""
+    sides = [n for s in shapes if len(s) == 2 for n in s]
+    if vocabulary in sides:
+        return "head products"
+    return "adapter products" if min(sides) <= THIN else "base products"
 
 
 def measure(step, vocabulary: int) -> dict[str, float]:
@@ -57,7 +55,7 @@ def measure(step, vocabulary: int) -> dict[str, float]:
         if e.key.startswith("tsugiki::documents"):
             found["attention"] = found.get("attention", 0.0) + e.cpu_time_total / 1e6
         elif e.key in ("aten::mm", "aten::addmm"):
-            kind = kind_of(e.key, e.input_shapes, vocabulary)
+            kind = kind_of(e.input_shapes, vocabulary)
             found[kind] = found.get(kind, 0.0) + e.self_cpu_time_total / 1e6
     return found | {"everything else": whole - sum(found.values())}
 

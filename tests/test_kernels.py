@@ -216,3 +216,21 @@ def test_an_attention_that_does_something_else_is_not_taken(monkeypatch):
         attention.AttentionInterface.register(attention.NAME, plain)
     with arranged(model, rows(), TrainConfig(), virtual=False):
         assert active(model)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text"])
+def test_a_window_shorter_than_the_row_is_kept(kind):
+    """Packed documents longer than the window, and a row of several: as with transformers' masks."""
+    examples, model = rows(), llama(F64, kind, sliding_window=5)
+    [forward] = micro_batches([len(e.ids) for e in examples], range(8), "pack", 4096)
+    batch, found = collate(examples, forward, PAD), []
+    wide = llama(F64, kind)
+    wide.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        outside = token_losses(wide, batch)[0]
+        with arranged(model, examples, TrainConfig(layout="pack"), virtual=False):
+            assert active(model)
+            found.append(token_losses(model, batch)[0])
+            model.set_attn_implementation("sdpa")
+            found.append(token_losses(model, batch)[0])
+    assert (found[0] - found[1]).abs().max() <= EXACT and (found[1] - outside).abs().max() > 1e-3

@@ -43,9 +43,8 @@ def _meminfo(key: str) -> int:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:"))
-    except (OSError, StopIteration, ValueError):      # no Linux: half of what the machine has
-        pages = getattr(os, "sysconf", lambda name: 1 << 20)
-        return pages("SC_PHYS_PAGES") * pages("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else 8 << 30
+    except (OSError, StopIteration, ValueError):      # no Linux: half of what the machine has, or 4 GiB where none says
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else 4 << 30
 
 
 def _number(path: str, otherwise: int) -> int:

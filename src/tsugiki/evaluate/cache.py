@@ -52,9 +52,6 @@ class Layer(DynamicLayer):
 class Grown(Cache):
     """The cache of all layers."""
 
-    def begin(self) -> None:
-        """Before each forward."""
-
     def select(self, rows: Tensor, cut: int = 0) -> None:
         """Keep these rows, (n,) int64, without their first `cut` positions."""
         for layer in self.layers:

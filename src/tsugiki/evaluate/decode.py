@@ -152,7 +152,6 @@ class _Rows:
         inputs = self.model.prepare_inputs_for_generation(self.ids, **options, **self.kwargs)
         if self.who is not None:
             inputs["adapter_ids"] = self.who if any(row != self.who[0] for row in self.who) else self.who[:1]
-        self.cache.begin()
         out = run(**inputs, return_dict=True)
         if out.get("past_key_values") is not self.cache or not self.cache.get_seq_length():
             raise _Unknown                            # the model keeps its state elsewhere

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tsugiki.memory import available
+
 PAYS = 24                                             # decoding steps from which packing costs less than it saves
 SMALLEST = 1 << 14                                    # weights of a linear from which the product outweighs the call
 SHARE = 0.5                                           # of the memory that is free now
@@ -36,7 +38,7 @@ def packed(model: nn.Module, steps: int) -> nn.Module:
     """
     linears = [m for m in model.modules() if _fits(m)]
     size = sum(m.weight.numel() * m.weight.element_size() for m in linears)
-    if steps < PAYS or not linears or size > SHARE * free_memory():
+    if steps < PAYS or not linears or size > SHARE * available(torch.device("cpu")):
         return model
     with torch.no_grad():
         return _copy(model, {m: p for m in linears if (p := _pack(m)) is not None})
@@ -89,12 +91,3 @@ def _shallow(module: nn.Module) -> nn.Module:
     new.__dict__.update(module.__dict__)
     new.__dict__["_compiled_call_impl"] = None        # it would run the module that this is a copy of
     return new
-
-
-def free_memory() -> float:
-    """Bytes that Linux could give now; elsewhere none is known, and none is taken."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as f:
-            return next(float(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return 0.0

@@ -59,7 +59,7 @@ def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor):
 
 def _logit_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     """softmax - onehot, in place of the logits."""
-    p = torch.softmax(logits, -1, out=logits) if not logits.requires_grad else torch.softmax(logits, -1)
+    p = torch.softmax(logits, -1, out=logits)
     return p.scatter_add_(1, targets.unsqueeze(1), p.new_full((len(p), 1), -1.0))
 
 

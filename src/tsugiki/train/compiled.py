@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 # Compiling takes about a minute and makes a step some tenth quicker, so it pays from about a quarter of an hour on: this many
-# operations, at what a good machine of the kind does in a second.
+# operations, at what a good machine of the kind does in a second. Estimates from two CPUs; no GPU was at hand.
 WORTH = {"cpu": 15 * 60 * 1e12, "cuda": 15 * 60 * 3e14}
 MINUTE = "about a minute at the first steps"
 

@@ -16,7 +16,8 @@ from tsugiki.kernels.head import LOGITS
 from tsugiki.memory import available, out_of_memory
 from tsugiki.route import pinned
 
-MOST = {"cpu": 4096, "cuda": 16384}                   # beyond this a forward is no quicker by the token
+# Beyond this a forward should be no quicker by the token. What is said of a GPU here is an estimate: none was at hand.
+MOST = {"cpu": 4096, "cuda": 16384}
 LAUNCHES = {"cpu": 1.5e8, "cuda": 1e11}               # weights whose products of one token take as long as a layer's launches
 SHARE = 0.7                                           # of the memory that is free: what is measured is not all there will be
 PROBE = 128                                           # tokens that the measurement runs
@@ -115,14 +116,19 @@ def made_again(layers: Sequence[nn.Module], count: int) -> Iterator[None]:
         yield
     finally:
         for layer in chosen:
-            layer.__dict__.pop("forward", None)
+            layer.forward.put_back(layer)
 
 
 class _Again:
     """A layer's forward through checkpointing. Without gradients it is the forward itself."""
 
     def __init__(self, layer: nn.Module, again: Callable):
-        self.plain, self.again = layer.forward, again
+        self.plain, self.again, self.before = layer.forward, again, layer.__dict__.get("forward")
+
+    def put_back(self, layer: nn.Module) -> None:
+        del layer.forward
+        if self.before is not None:
+            layer.forward = self.before
 
     def __call__(self, *args, **kwargs):
         if not torch.is_grad_enabled():

@@ -113,6 +113,6 @@ def largest_tensor(model: nn.Module, examples: Sequence[Example], cfg: TrainConf
     tokens, trained = sum(len(e.ids) for e in sample), sum(sum(e.trained) for e in sample)
     forward = min(cfg.forward_tokens, cfg.batch_size * tokens / len(sample))
     logits = min(LOGITS, int(forward * trained / tokens * model.get_input_embeddings().weight.shape[0]))
-    widest = max((min(w.shape) and max(w.shape) for w in model.parameters() if w.dim() == 2 and w is not
-                  model.get_input_embeddings().weight), default=0)
+    widest = max((max(w.shape) for w in model.parameters() if w.dim() == 2 and w is not model.get_input_embeddings().weight),
+                 default=0)
     return max(4 * logits, int(forward * widest) * model.dtype.itemsize)

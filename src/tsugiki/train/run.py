@@ -33,7 +33,7 @@ from tsugiki.load import compute_dtype, pad_id, stored_dtype
 from tsugiki.memory import MAPPED, allocator, keep_freed_memory
 from tsugiki.methods import Full, make
 from tsugiki.route import token_keys
-from tsugiki.sites import family_of, find, width
+from tsugiki.sites import decoder_layers, width
 from tsugiki.train.compiled import compiling
 from tsugiki.train.fitting import Fit, made_again, measured, overhead
 from tsugiki.train.layout import arranged, largest_tensor
@@ -226,7 +226,7 @@ def _prepare(stack: ExitStack, model: nn.Module, tokenizer, cfg: RunConfig, meth
 def _layers(model: nn.Module) -> list[nn.Module]:
     """The decoder layers; none of a model whose family is not known, which can be trained full."""
     try:
-        return list(find(model, family_of(model).layers, "layers"))
+        return list(decoder_layers(model))
     except UserError:
         return []
 
