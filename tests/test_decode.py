@@ -255,7 +255,7 @@ def test_only_plain_linears_are_packed_and_only_where_it_pays(monkeypatch):
         twin = packed(plain, 100)
         assert isinstance(twin[0], Packed) and twin[1] is plain[1]
     with monkeypatch.context() as m:
-        m.setattr(packing, "free_memory", lambda: 1000.0)
+        m.setattr(packing, "available", lambda device: 1000)
         assert packed(plain, 100) is plain
     monkeypatch.setattr(packing, "PAYS", 24)
     assert packed(plain, 23) is plain
