@@ -39,7 +39,7 @@ GRAPH: dict[str, set[str]] = {
     "config": {"data", "errors"},
     "kernels": set(),                                 # faster equals of slow things
     "train.loss": {"core", "data", "kernels"},                # the trainer's and the evaluator's
-    "evaluate": {"config", "core", "data", "errors", "load", "memory", "train.loss"},
+    "evaluate": {"config", "core", "data", "errors", "kernels", "load", "memory", "train.loss"},
     "train": {"config", "core", "data", "errors", "evaluate", "formats", "kernels", "load", "memory", "methods", "sites",
               "train.loss", "weights"},
     "capabilities": {"combine", "core", "errors", "formats", "load", "methods", "sites", "weights"},

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 
 from tsugiki.evaluate.cache import grown
 from tsugiki.evaluate.packed import packed
+from tsugiki.kernels import one_token
 from tsugiki.route import UNSET, stacks, wanted
 
 SPARSER = 0.75                                        # rows are dropped when at most this share of the batch still runs
@@ -132,7 +133,7 @@ class _Rows:
 
     def __init__(self, body: nn.Module, model: nn.Module, input_ids: Tensor, kwargs: dict[str, Any]):
         self.body, self.model, self.kwargs = body, model, kwargs
-        self.cache = kwargs["past_key_values"] = grown()
+        self.cache = kwargs["past_key_values"] = grown(transposed=one_token.active(body))
         self.ids = input_ids                                                  # (B, T + n) of the rows that run
         self.ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         self.index = torch.arange(len(input_ids), device=input_ids.device)    # which row of the whole batch each is

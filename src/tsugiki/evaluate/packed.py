@@ -1,4 +1,4 @@
-"""Linears whose weights lie as the CPU's matrix product wants them: it packs them at every call, a copy is packed once."""
+"""A copy of a model for decoding on a CPU: weights packed once, not at every product, and attention of one token a row."""
 from __future__ import annotations
 
 import functools
@@ -6,7 +6,9 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
+from tsugiki.kernels.one_token import with_one_token
 from tsugiki.memory import available
 
 PAYS = 24                                             # decoding steps from which packing costs less than it saves
@@ -31,17 +33,19 @@ def _product(x: Tensor, copy: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def packed(model: nn.Module, steps: int) -> nn.Module:
-    """A model that shares everything with `model` but its linears, which are packed; `model` itself where that does not pay.
+    """A model that shares everything with `model` but its linears, which are packed, and its attention, which is that of
+    kernels/one_token where it was transformers' sdpa; `model` itself where that does not pay.
 
     Modules on the way to a linear are shallow copies: parameters, hooks and adapters are the same objects. For decoding
-    on a CPU in bfloat16 (the same bits) and float32 (the same to rounding); `steps` tokens will be decoded.
+    on a CPU in bfloat16 and float32, the same to rounding; `steps` tokens will be decoded.
     """
+    if steps < PAYS or next(model.parameters()).device.type != "cpu":
+        return model
     linears = [m for m in model.modules() if _fits(m)]
     size = sum(m.weight.numel() * m.weight.element_size() for m in linears)
-    if steps < PAYS or not linears or size > SHARE * available(torch.device("cpu")):
-        return model
+    fits = size <= SHARE * available(torch.device("cpu"))
     with torch.no_grad():
-        return _copy(model, {m: p for m in linears if (p := _pack(m)) is not None})
+        return _copy(model, {m: p for m in linears if (p := _pack(m)) is not None} if fits else {})
 
 
 def _fits(module: nn.Module) -> bool:
@@ -79,10 +83,14 @@ def _copy(module: nn.Module, by: dict[nn.Module, Packed]) -> nn.Module:
     if module in by:
         return by[module]
     children = {name: child and _copy(child, by) for name, child in module._modules.items()}
-    if all(children[name] is child for name, child in module._modules.items()):
+    config = getattr(module, "config", None)
+    other = with_one_token(config) if isinstance(config, PretrainedConfig) else config
+    if other is config and all(children[name] is child for name, child in module._modules.items()):
         return module
     new = by[module] = _shallow(module)
     new.__dict__["_modules"] = children
+    if other is not config:
+        new.__dict__["config"] = other
     return new
 
 
