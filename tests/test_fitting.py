@@ -82,6 +82,10 @@ def test_a_forward_takes_what_memory_holds(monkeypatch):
     assert fit(6e4, how="off") == Fit(100)                            # as asked: it may fail, and then it says so
     assert fit(1e9, how="on") == Fit(4096, 10)
     assert fit(1.0) == Fit(100, 10)
+    assert fit(1e9, how="offload") == Fit(4096, 10), "there is no other memory on a CPU"
+    monkeypatch.setattr(fitting, "_may_offload", lambda device, how: how in ("auto", "offload"))
+    assert fit(1.0) == Fit(100, 10, True) and fit(6e4) == tight and fit(1.0, how="on") == Fit(100, 10)
+    assert fit(1e6, how="offload") == Fit(4096, 10, True) and fit(1e5, how="offload").tokens == 1000 > fit(1e5, how="on").tokens
 
 
 @pytest.mark.parametrize("method", [n for n in CASES if "+" not in n])
@@ -92,6 +96,26 @@ def test_layers_made_again_in_backward_give_the_same_run(method, tmp_path):
     found = go(config(tmp_path / "b" / "run", method, checkpointing="on", **cfg), model)
     assert close(result_bits(found), result_bits(want)) <= 1e-6
     assert not any("forward" in layer.__dict__ for layer in model.model.layers), "the model was left changed"
+
+
+def test_inputs_of_layers_that_wait_in_another_memory_give_the_same_run(tmp_path, monkeypatch):
+    cfg, moved = dict(steps=3, compile="off"), []
+    want = go(config(tmp_path / "a" / "run", "lora", **cfg))
+
+    class Kept(fitting.save_on_cpu):
+        def __init__(self, pinned):
+            super().__init__(pinned)
+            pack = self.pack_hook
+            self.pack_hook = lambda t: moved.append(t.shape) or pack(t)
+    monkeypatch.setattr(fitting, "save_on_cpu", Kept)
+    monkeypatch.setattr(fitting, "_may_offload", lambda device, how: how == "offload")
+    model, said = llama(), []
+    found = go(config(tmp_path / "b" / "run", "lora", checkpointing="offload", **cfg), model, said.append)
+    assert close(result_bits(found), result_bits(want)) <= 1e-6
+    assert any("their inputs kept in the machine's memory" in line for line in said)
+    width, layers = model.config.hidden_size, len(model.model.layers)
+    inputs = [s for s in moved if s[-1] == width]
+    assert len(inputs) == len(moved) and len(inputs) % layers == 0 and inputs, moved
 
 
 def test_layers_made_again_leave_less_for_backward():

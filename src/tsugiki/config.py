@@ -67,7 +67,8 @@ class TrainConfig:
     compile: str = option("auto", "torch.compile each decoder layer (needs a C++ compiler); auto: in runs so long that it pays",
                           SWITCH)
     checkpointing: str = option("auto", "keep only the layers' inputs and compute them again in backward; auto: in as many layers "
-                                        "as memory demands", SWITCH)
+                                        "as memory demands; offload: on a GPU they wait in the machine's memory",
+                                (*SWITCH, "offload"))
 
     @property
     def forward_tokens(self) -> int:
@@ -129,7 +130,7 @@ def build(cls: type, values: dict, where: str = ""):
         if dataclasses.is_dataclass(hints[key]):
             built[key] = build(hints[key], value, f"{where}{key}.")
         else:
-            if isinstance(value, bool) and fields[key].metadata.get("choices") == SWITCH:     # YAML's on and off
+            if isinstance(value, bool) and fields[key].metadata.get("choices", ())[:3] == SWITCH:     # YAML's on and off
                 value = "on" if value else "off"
             built[key] = _typed(value, hints[key], f"{where}{key}")
             _in_range(built[key], fields[key].metadata, f"{where}{key}")

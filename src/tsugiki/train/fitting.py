@@ -1,12 +1,15 @@
-"""How many tokens a forward takes: as many as memory holds, and layers made again in backward where one row would not fit."""
+"""How many tokens a forward takes: as many as memory holds; where one row would not fit, layers are made again in backward,
+and on a GPU their inputs wait in the machine's own memory."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from tsugiki.config import TrainConfig
@@ -31,9 +34,10 @@ def overhead(layers: Sequence[nn.Module], device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Fit:
-    """Tokens of one forward, and how many layers keep only their input."""
+    """Tokens of one forward, how many layers keep only their input, and whether that leaves the GPU until backward."""
     tokens: int
     again: int = 0
+    offload: bool = False
 
 
 def measured(model: nn.Module, examples: Sequence[Example], cfg: TrainConfig, layers: int, trained: int,
@@ -51,7 +55,7 @@ def measured(model: nn.Module, examples: Sequence[Example], cfg: TrainConfig, la
     except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e):
             raise
-        return Fit(longest, 0 if cfg.checkpointing == "off" else layers)
+        return Fit(longest, 0 if cfg.checkpointing == "off" else layers, _may_offload(device, cfg.checkpointing))
     per_token = max(1.0, (b - a) / max(1, len(many.ids) - len(few.ids)))
     reserved = 12 * trained + 12 * LOGITS + max(0, int(a - per_token * len(few.ids)))
     width = model.get_input_embeddings().weight.shape[1] * model.dtype.itemsize
@@ -87,17 +91,24 @@ def fitting(per_token: float, layers: int, width: float, longest: int, device: t
 
     per_token: bytes that one token leaves for backward, all layers together; width: bytes of a layer's input, a token;
     longest: tokens of the longest row; reserved: bytes that are still to be allocated for gradients and moments; asked:
-    train.max_tokens, or None; checkpointing: "on", "off" or "auto".
+    train.max_tokens, or None; checkpointing: "on", "offload", "off" or "auto".
     """
     free = max(0.0, SHARE * available(device) - reserved)
     most = max(asked or MOST.get(device.type, MOST["cpu"]), longest)
-    if checkpointing == "on":
-        return Fit(most if asked else max(longest, min(most, _tokens(free, per_token, layers, width, layers))), layers)
+    if checkpointing in ("on", "offload"):
+        away = checkpointing == "offload" and _may_offload(device, checkpointing)
+        fits = _tokens(free, per_token, layers, 0.0 if away else width, layers)
+        return Fit(most if asked else max(longest, min(most, fits)), layers, away)
     wanted = most if asked else longest
     if checkpointing == "auto" and _tokens(free, per_token, layers, width, 0) < wanted:
-        again = next((n for n in range(layers + 1) if _tokens(free, per_token, layers, width, n) >= wanted), layers)
-        return Fit(wanted, again)
+        again = next((n for n in range(layers + 1) if _tokens(free, per_token, layers, width, n) >= wanted), layers + 1)
+        return Fit(wanted, min(again, layers), again > layers and _may_offload(device, checkpointing))
     return Fit(most if asked else max(longest, min(most, _tokens(free, per_token, layers, width, 0))))
+
+
+def _may_offload(device: torch.device, checkpointing: str) -> bool:
+    """Whether there is another memory to move to."""
+    return device.type == "cuda" and checkpointing in ("auto", "offload")
 
 
 def _tokens(free: float, per_token: float, layers: int, width: float, again: int) -> int:
@@ -107,11 +118,12 @@ def _tokens(free: float, per_token: float, layers: int, width: float, again: int
 
 
 @contextmanager
-def made_again(layers: Sequence[nn.Module], count: int) -> Iterator[None]:
-    """Inside: the first `count` layers keep their inputs alone, and are computed again in backward (arXiv:1604.06174)."""
+def made_again(layers: Sequence[nn.Module], count: int, offload: bool = False) -> Iterator[None]:
+    """Inside: the first `count` layers keep their inputs alone, and are computed again in backward (arXiv:1604.06174);
+    with `offload` the inputs wait for that in the machine's own memory, pinned."""
     chosen, again = layers[:count], pinned(checkpoint)
     for layer in chosen:
-        layer.forward = _Again(layer, again)
+        layer.forward = _Again(layer, again, partial(save_on_cpu, torch.cuda.is_available()) if offload else nullcontext)
     try:
         yield
     finally:
@@ -122,8 +134,8 @@ def made_again(layers: Sequence[nn.Module], count: int) -> Iterator[None]:
 class _Again:
     """A layer's forward through checkpointing. Without gradients it is the forward itself."""
 
-    def __init__(self, layer: nn.Module, again: Callable):
-        self.plain, self.again, self.before = layer.forward, again, layer.__dict__.get("forward")
+    def __init__(self, layer: nn.Module, again: Callable, kept: Callable):
+        self.plain, self.again, self.kept, self.before = layer.forward, again, kept, layer.__dict__.get("forward")
 
     def put_back(self, layer: nn.Module) -> None:
         del layer.forward
@@ -133,4 +145,5 @@ class _Again:
     def __call__(self, *args, **kwargs):
         if not torch.is_grad_enabled():
             return self.plain(*args, **kwargs)
-        return self.again(self.plain, *args, use_reentrant=False, **kwargs)
+        with self.kept():
+            return self.again(self.plain, *args, use_reentrant=False, **kwargs)

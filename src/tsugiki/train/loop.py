@@ -220,7 +220,7 @@ class Steps:
             rows = step_rows(len(job.examples), job.cfg.batch_size, job.cfg.seed, step)
             longest = max(len(job.examples[i].ids) for i in rows)
             if progress.max_tokens <= longest:
-                hint = "" if job.cfg.checkpointing == "on" else " or set train.checkpointing to on"
+                hint = "" if job.cfg.checkpointing in ("on", "offload") else " or set train.checkpointing to on"
                 raise RunError(f"step {step + 1}: there is no memory for a row of {longest} tokens alone; shorten train.max_length"
                                f"{hint}; nothing was updated, the last checkpoint is good") from None
             return self._halve

@@ -211,7 +211,7 @@ def _prepare(stack: ExitStack, model: nn.Module, tokenizer, cfg: RunConfig, meth
             return token_losses(model, batch, **route(batch, 0))[0].sum()
     trained = sum(p.numel() for p in params.values())
     fit_ = measured(model, examples, train, len(layers), trained, losses)
-    stack.enter_context(made_again(layers, fit_.again))
+    stack.enter_context(made_again(layers, fit_.again, fit_.offload))
     steps = train.steps or train.epochs * math.ceil(len(examples) / train.batch_size)
     work = steps * train.batch_size * sum(len(e.ids) for e in examples) / len(examples)
     work *= (6 if full else 4) * sum(p.numel() for layer in layers for p in layer.parameters())
@@ -241,6 +241,7 @@ def _say_start(job: Job, fit_: Fit, model: nn.Module, method: Config, trainable:
     say(f"{method.name}: {trainable:,} of {total:,} parameters trained ({trainable / total:.2%}), {job.steps} steps, "
         f"{mixed} on {device.type}, {bits}layout {job.layout}, learning rate {job.lr:g}{whose}")
     again = f", {fit_.again} of {len(job.layers.layers)} layers computed again in backward" if fit_.again else ""
+    again += ", their inputs kept in the machine's memory" if fit_.offload else ""
     where = f"{torch.get_num_threads()} threads, {allocator()}" if device.type == "cpu" else torch.cuda.get_device_name(device)
     say(f"forwards of at most {fit_.tokens:,} tokens{again}, attention {'by document' if active(model) else 'of the model'}, "
         f"{'compiled' if job.layers.on else 'eager'}; {where}")
