@@ -185,7 +185,7 @@ def run(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, *, quiet: bool 
         trainable, total = sum(p.numel() for p in params.values()), _count(model, params, full)
         _say_start(job, fit_, model, method, trainable, total, say)
         picked = rows.held_out[:3] if any(c.kind != "text" for c in rows.held_out[:3]) else []
-        answers = partial(generate_answers, model, renderer, picked, cfg.eval.max_new_tokens, 8, pad_id(tokenizer))
+        answers = partial(generate_answers, model, renderer, picked, cfg.eval.new_tokens, 8, pad_id(tokenizer))
         claim(out, cfg, rows.fingerprint)             # from here on the folder is this run's
         progress = fit(job, out, quiet=quiet, say=say, samples=(lambda: [{"before": a} for a in answers()]) if picked else None)
         saved = _save(model, tokenizer, adapter, cfg, renderer, rows.train[0].kind)
