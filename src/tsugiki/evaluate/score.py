@@ -26,10 +26,11 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True)
 class Item:
     """One row to score: a conversation that ends with the text whose loss is told, the expected answer, and, for metric choice,
-    (choice, the answer that says it) of every choice."""
+    (choice, the answer that says it) of every choice. `question`: what is asked, without a task's wording around it."""
     conversation: Conversation
     gold: str
     options: tuple[tuple[str, str], ...] = ()
+    question: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def pick_metric(conversations: Sequence[Conversation], choices: Sequence[str]) -
 def scoring_of(cfg: EvalConfig, metric: str) -> Scoring:
     """How a user's own rows are scored."""
     by = "likelihood" if cfg.choice_by == "auto" else cfg.choice_by
-    return Scoring(metric=metric, choice_by=by, pattern=cfg.pattern, tolerance=1e-3 if cfg.tolerance is None else cfg.tolerance, max_new_tokens=cfg.new_tokens,
+    tolerance = 1e-3 if cfg.tolerance is None else cfg.tolerance
+    return Scoring(metric=metric, choice_by=by, pattern=cfg.pattern, tolerance=tolerance, max_new_tokens=cfg.new_tokens,
                    until=tuple(cfg.until))
 
 

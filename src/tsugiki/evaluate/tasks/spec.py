@@ -22,11 +22,12 @@ class Spec:
     """A task without its rows.
 
     files: names tried in the task's folder. rename: {a row's field: what the templates call it}, where the row lacks it.
-    prompt, message: what is asked, as plain text and as a chat message; prompt_with_input where a row's `input` is not empty.
-    gold: the expected answer; labels: words for its values. target: the text whose loss is told, where it is not empty;
-    completion: else this, with {gold} or {choice}, which is also how a choice is said when its likelihood is taken.
-    choices: the allowed answers, or choices_in: a pattern that finds them, joined by "/", in the row's `instruction` (or prompt).
     lines: [separator, field, field...] for a .txt whose lines are rows. text: rows are plain text.
+    prompt, message: what is asked, as plain text and as a chat message; prompt_with_input where a row's `input` is not empty.
+    question: what is compared with training data (default: message, else prompt).
+    gold: the expected answer; labels: words for its values. target: the field whose text's loss is told, where it is not
+    empty; completion: else this, with {gold} or {choice}, which is also how a choice is said when its likelihood is taken.
+    choices: the allowed answers, or choices_in: a pattern that finds them, joined by "/", in the row's `instruction` (or prompt).
     metric, choice_by, pattern, tolerance, max_new_tokens, until, also: as the keys of `eval`.
     """
     name: str = ""
@@ -40,6 +41,7 @@ class Spec:
     prompt: str = "{instruction}"
     prompt_with_input: str | None = None
     message: str | None = None
+    question: str | None = None
     gold: str = "{answer}"
     labels: dict[str, str] | None = None
     target: str | None = None
@@ -89,7 +91,7 @@ def _check(spec: Spec, where: str) -> None:
             raise UserError(f"{where}: {key}: not a regular expression: {e}") from None
     if spec.metric == "choice" and len(set(spec.choices)) < 2 and not spec.choices_in:
         raise UserError(f"{where}: choices: metric choice needs at least two, or choices_in, a pattern that finds them in a row")
-    for key in ("prompt", "prompt_with_input", "message", "gold", "target", "completion"):
+    for key in ("prompt", "prompt_with_input", "message", "question", "gold", "target", "completion"):
         template(getattr(spec, key) or "", f"{where}: {key}")
 
 

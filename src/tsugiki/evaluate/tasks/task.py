@@ -35,16 +35,15 @@ class Task:
         return [i.conversation for i in self.items]
 
 
-def load(name_or_path: str | Path, data: str | Path | None = None, max_rows: int | None = None, chat: bool = False) -> Task:
+def load(name_or_path: str | Path | Spec, data: str | Path | None = None, max_rows: int | None = None, chat: bool = False) -> Task:
     """A task by name with its rows at `data`, or a folder that holds both.
 
     A folder needs a test.json alone; a task.yaml in it says how to ask and score, else its name or its rows do. data: the
     task's folder, a folder that has one of the task's name, or a file. chat: rows become chat messages, for the model's template,
     else the task's own prompt. Raises UserError naming the file, the row, and what is allowed.
     """
-    spec, where = _spec(str(name_or_path))
-    if data is not None or where is None:
-        where = Path(data).expanduser() if data is not None else None
+    spec, where = (name_or_path, None) if isinstance(name_or_path, Spec) else _spec(str(name_or_path))
+    where = Path(data).expanduser() if data is not None else where
     if where is None:
         raise UserError(f"task {spec.name}: its rows are not part of this package; say where they are with --task-data DIR "
                         f"({' or '.join(spec.files[:2])} is looked for)")
@@ -179,7 +178,8 @@ def _item(row: Row, spec: Spec, chat: bool, problems: list[Problem]) -> Item | N
         problems.append(Problem(row.file, row.line, *e.args))
         return None
     messages = (Message("user", prompt), Message("assistant", target))
-    return Item(Conversation("chat" if chat else "plain", messages, f"{row.file}:{row.line}"), gold, options)
+    return Item(Conversation("chat" if chat else "plain", messages, f"{row.file}:{row.line}"), gold, options,
+                _fill(spec.question or spec.message or spec.prompt, row.fields, spec.name))
 
 
 def _said(spec: Spec, row: dict, chat: bool) -> str:
