@@ -124,10 +124,13 @@ class RunConfig:
             raise UserError(f"bits: weights in {self.bits} bits cannot be trained; give another method than full, or bits 0")
         if data.labels and not (data.prompt or data.completion):
             raise UserError("data.labels: they are words for a table's columns; give data.prompt and data.completion too")
-        if not (data.eval or data.holdout):
+        if self.eval.task_data and not self.eval.task:
+            raise UserError("eval.task_data: the rows of which task? give eval.task (--task) too")
+        if not (data.eval or data.holdout or self.eval.task):
             for key, on in (("keep: best", train.keep == "best"), ("patience", train.patience), ("eval_steps", train.eval_steps)):
                 if on:
-                    raise UserError(f"train.{key} needs held-out rows; give data.eval (--eval-data) or data.holdout")
+                    raise UserError(f"train.{key} needs held-out rows or a task; give data.eval (--eval-data), data.holdout or "
+                                    "eval.task (--task)")
         if train.patience and not train.eval_steps:
             raise UserError("train.patience: counts evaluations, so it needs train.eval_steps")
 
