@@ -12,6 +12,7 @@ ANNOUNCED = re.compile(r"####|\\boxed\{|\banswers?\b\s*(?:is|are|was|would be|mu
                        r"\b(?:i|we|i'll|i'd)\s+(?:choose|pick|select|go with|say)\b|\b(?:choice|option)\s*(?:is|=|:)", re.I)
 TAKEN_BACK = re.compile(r"\b(?:no,?\s*wait|oh\s+wait|wait,|scratch that|correction:|i\s+meant?|sorry,|on second thought|"
                         r"no,\s+actually|actually,\s+no)\b", re.I)
+NEAR, SAID, LAST = 60, 400, 50                        # characters beside a choice, of an announced answer; announcements
 SENTENCE = re.compile(r"[.!?](?=\s+\S|\s*$)|\n\s*\n|\n(?=\S)|;")          # "4.5" goes on, "4. Then" does not
 # Right before a choice, or right after it: it is ruled out.
 NOT_BEFORE = re.compile(r"(?:\bnot|n't|n\u2019t|\bnever|\bneither|\bnor|\bthan|\binstead of|\bcannot be|\bexcept|\bnot\s+be)"
@@ -20,7 +21,7 @@ NOT_AFTER = re.compile(r"[\"')*]*\s*(?:is|are|was|would be|seems|must be)\s+(?:c
                        r"(?:not\b(?!\s+only)|n't|wrong|incorrect|false|untrue|impossible|ruled out)|"
                        r"[\"')*]*\s*(?:isn't|isn\u2019t|can't be|cannot be|wasn't)", re.I)
 # An answer of its own.
-ALONE = re.compile(r"[\"')*]*\s*(?:[.!:;\n\u2013\u2014)]|-\s|,\s*(?!or\b|and\b)|because\b|since\b|\(|$)", re.I)
+ALONE = re.compile(r"[\"')*]*\s*(?:[.!:;\n\u2013\u2014]|-\s|,\s*(?!or\b|and\b)|because\b|since\b|\(|$)", re.I)
 OR = re.compile(r"[\"')*]*\s*(?:,\s*)?(?:or|/|and)\s*[\"'(*]*(?:the |option |answer )?$", re.I)
 NUMBER = re.compile(r"(?<![\w./])(?P<sign>[-\u2212+]\s?)?[$\u20ac\u00a3\u00a5]?\s?(?P<sign2>[-\u2212])?"
                     r"(?P<whole>\d{1,3}(?:,\d{3})+(?![\d,]*\d)|\d+)?(?P<part>\.\d+)?(?P<power>[eE][-+]?\d+)?"
@@ -37,8 +38,8 @@ def number(text: str) -> float | None:
     Signs, thousands, decimals, powers of ten, fractions and money are read; digits inside words are not numbers.
     """
     text = _standing(LATEX.sub(r"\1/\2", text), lambda t: bool(_numbers(t)))
-    for marker in reversed(list(ANNOUNCED.finditer(text))):
-        sentence = _sentence(text[marker.end():])
+    for marker in reversed(list(ANNOUNCED.finditer(text))[-LAST:]):
+        sentence = _sentence(text, marker.end())
         if said := _numbers(sentence):
             equals = sentence.rfind("=")
             sums = [v for at, v in said if at > equals] if SUM.search(sentence[said[0][0]:max(equals, 0)]) else []
@@ -53,7 +54,7 @@ def _numbers(text: str) -> list[tuple[int, float]]:
     for m in NUMBER.finditer(text):
         if not (m["whole"] or m["part"]):
             continue
-        if NOT_BEFORE.search(text[:m.start()]) and not m["sign"]:
+        if NOT_BEFORE.search(text[max(0, m.start() - NEAR):m.start()]) and not m["sign"]:
             continue
         digits = (m["whole"] or "0").replace(",", "") + (m["part"] or "") + (m["power"] or "")
         try:
@@ -75,8 +76,8 @@ def choice(text: str, choices: Sequence[str]) -> str | None:
     word's case does not matter, a letter's does.
     """
     text = _standing(text, lambda t: any(not m.out for m in _mentions(t, choices)))
-    for marker in reversed(list(ANNOUNCED.finditer(text))):
-        sentence = _sentence(text[marker.end():])
+    for marker in reversed(list(ANNOUNCED.finditer(text))[-LAST:]):
+        sentence = _sentence(text, marker.end())
         said = _mentions(sentence, choices, bare=True)
         if (got := _settled(sentence, said, choices, first=True)) is not None:
             return got
@@ -107,15 +108,15 @@ def _settled(text: str, said: Sequence[_Mention], choices: Sequence[str], first:
 
 def _mentions(text: str, choices: Sequence[str], bare: bool = False) -> list[_Mention]:
     """Where choices are named, in order. `bare`: a number alone stands for the choice that ends with it ("3": answer3)."""
-    found: dict[tuple[int, int], str] = {}
-    for c in sorted(choices, key=len):
-        for m in _pattern(c, bare).finditer(text):
-            if len(c) == 1 and _article(text, m):
-                continue
-            found = {k: v for k, v in found.items() if not (m.start() <= k[0] and k[1] <= m.end())}      # a longer one covers it
-            found[m.span()] = c
-    return [_Mention(c, a, b, bool(NOT_BEFORE.search(text[:a]) or NOT_AFTER.match(text[b:])))
-            for (a, b), c in sorted(found.items())]
+    spans = [(m.start(), -m.end(), c) for c in choices for m in _pattern(c, bare).finditer(text)
+             if not (len(c) == 1 and _article(text, m))]
+    found, over = [], 0
+    for start, end, c in sorted(spans):
+        if start >= over:                             # a longer choice that begins here or before covers it
+            over = -end
+            out = NOT_BEFORE.search(text[max(0, start - NEAR):start]) or NOT_AFTER.match(text[over:over + NEAR])
+            found.append(_Mention(c, start, over, bool(out)))
+    return found
 
 
 def _pattern(c: str, bare: bool) -> re.Pattern:
@@ -131,21 +132,22 @@ def _pattern(c: str, bare: bool) -> re.Pattern:
 
 def _article(text: str, m: re.Match) -> bool:
     """Whether an "A" or "I" is the word and no choice: a lowercase word follows, which no verb of an answer is."""
-    after = text[m.end():]
+    after = text[m.end():m.end() + NEAR]
     return m.group() in "AI" and bool(re.match(r"\s+(?!is\b|was\b|because\b|since\b|and\b|or\b|but\b|not\b|nor\b|as\b|would\b|"
                                                r"seems\b|for\b|in\b|then\b|if\b|which\b|rather\b|instead\b|fits\b)[a-z]", after))
 
 
 def _standing(text: str, says: Callable[[str], bool]) -> str:
     """What is left after the last time that the speaker took back what was said, if it says anything."""
-    for m in reversed(list(TAKEN_BACK.finditer(text))):
+    for m in reversed(list(TAKEN_BACK.finditer(text))[-LAST:]):
         if says(text[m.end():]):
             return text[m.end():]
     return text
 
 
-def _sentence(text: str) -> str:
-    """Up to the end of the sentence that begins here."""
+def _sentence(text: str, start: int) -> str:
+    """Up to the end of the sentence that begins at `start`."""
+    text = text[start:start + SAID]
     start = len(text) - len(text.lstrip(" \t\n:*\"'"))
     end = SENTENCE.search(text, start)
     return text[:end.start()] if end and end.start() > start else text
