@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from tsugiki.data.conversation import Conversation
 from tsugiki.evaluate.score import Item
 
-RUN, SHARE = 4, 0.6
+RUN, SHARE = 4, 0.5
 COMMON = 0.02                                         # a run that this share of the test questions has is wording
 WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+")
 
