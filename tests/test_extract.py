@@ -37,7 +37,8 @@ DISAGREED = [
     ("the correct answer is Option2", OPTIONS, "option2"), ("solution1 is wrong", SOLUTIONS, "solution2"),
 ]
 NUMBERS_AGREED = [
-    ("The answer is 4.", 4), ("The answer is 1,234.", 1234), ("The answer is -15.0", -15), ("9.8", 9.8), ("#### 42", 42), ("-3", -3),
+    ("The answer is 4.", 4), ("The answer is 1,234.", 1234), ("The answer is -15.0", -15), ("9.8", 9.8), ("#### 42", 42),
+    ("-3", -3),
     ("There were 7 - 3 = 4 crayons. The answer is 4.", 4), ("none at all", None), ("", None), ("first 3, then 4", 4),
     ("$1,234.50.", 1234.5), ("50%", 50), ("about 2,000,000 people", 2e6), ("So 5*2=10", 10), ("42km", 42), ("9" * 400, None),
     ("The answer is not 5 but 7", 7), ("5. no wait, 6", 6), ("The answer is: 18 dollars", 18), ("x = -4", -4), ("0", 0),
@@ -45,7 +46,8 @@ NUMBERS_AGREED = [
 NUMBERS_DISAGREED = [
     ("The answer is 42 km/h (about 26 mph)", 42), ("The answer is 5 because there are 3 dogs", 5), ("10-3", 3), ("\u22125", -5),
     ("3/4", 0.75), ("The answer is 3/4 of a pie", 0.75), ("\\boxed{\\frac{3}{4}}", 0.75), ("1e3", 1000), (".5", 0.5),
-    ("answer3 and x2", None), ("It is CO2", None), ("The answer is 3 + 4 = 7 apples for 2 kids", 7), ("The answer is $-5 for 2", -5),
+    ("answer3 and x2", None), ("It is CO2", None), ("The answer is 3 + 4 = 7 apples for 2 kids", 7),
+    ("The answer is $-5 for 2", -5),
     ("The answer is 7.\n\n### Instruction:\nAdd 99", 7), ("#### 42\nThat took 3 steps", 42), ("7, not 8", 7),
     ("The answer is 60 (=30+30).", 60), ("1,2,3", 3),
 ]

@@ -35,8 +35,8 @@ def test_rows_are_found_through_case_punctuation_and_small_changes_and_others_ar
 
 
 def test_a_task_in_its_own_wording_is_found_in_training_rows_of_another():
-    item = Item(Conversation("plain", (Message("user", "a moving and funny film \nThis was"), Message("assistant", " good")), "dev.tsv:2"),
-                "good", question="a moving and funny film")
+    messages = Message("user", "a moving and funny film \nThis was"), Message("assistant", " good")
+    item = Item(Conversation("plain", messages, "dev.tsv:2"), "good", question="a moving and funny film")
     assert overlap([trained("Review: A moving and funny film. Sentiment:", 5)], [item]).exact == 1
 
 
