@@ -55,7 +55,7 @@ def test_the_task_is_scored_every_so_many_steps_and_its_score_is_that_of_the_mod
     assert {k: result.progress.after[k] for k in want} == {k: pytest.approx(v, rel=1e-6) for k, v in want.items()} and after.n == 9
     assert result.progress.after["loss"] < result.progress.before["loss"] == found[0][1]["loss"]
     assert "task colours: 9 rows, metric choice" in said
-    assert any("too good: 9 of 9 test questions are in the training data" in line for line in said), "they were made to be"
+    assert any("may be too good: 9 of 9 test questions are in the training data" in line for line in said), "they were made to be"
     report = (result.out / "report.html").read_text()
     assert "Accuracy" in report and "Task loss" in report and "best at step" not in report
 

@@ -159,6 +159,7 @@ def test_the_answers_are_those_of_every_row_alone_by_transformers(way, tmp_path,
             want.append(plain.likeliest(losses, r["options"], way == "likelihood-norm"))
     assert list(found.answers) == want and len(set(want)) > 1
     assert found.n == len(found.rows) == 13 and found.interval == wilson(round(sum(found.rows)), 13)
+    assert found.also == {"majority": max(sum(r["answer"] == a for r in ROWS) for a in ("true", "false", "maybe")) / 13}
     assert found.value == sum(found.rows) / 13 and found.plain()["value"] == found.plain()["accuracy"] == found.value
     for size in (1, 64):
         assert score(model, task, choice_by=way, batch_size=size) == found
@@ -274,3 +275,16 @@ def test_real_rows_on_a_real_model_are_scored_as_one_by_one(name, plain):
     data = {"sst2": ("glue",)}.get(name, ("llm-adapters", "dataset"))
     ways = ("likelihood",) if name == "sst2" else ("likelihood", "generation")
     assert plain.check(name, model, tokenizer, str(data_dir(*data)), 4, 8, ways)
+
+
+def test_the_librarys_verbs_take_a_task(tmp_path):
+    import tsugiki as tg
+    model, folder = llama(max_position_embeddings=512), str(put(tmp_path / "t", ROWS))
+    found = tg.evaluate(model, TOKENIZER, task=folder, choice_by="likelihood", max_rows=5)
+    assert found.n == 5 and found.metric == "accuracy"
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": r["instruction"], "completion": r["answer"]}) + "\n" for r in ROWS))
+    result = tg.train(model, TOKENIZER, rows, tmp_path / "run", task=folder, steps=2, eval_steps=1, keep="best", quiet=True)
+    assert result.progress.after["metric"] == "accuracy" and result.progress.after["n"] == 13
+    with pytest.raises(UserError, match="give data or task"):
+        tg.evaluate(model, TOKENIZER)

@@ -25,6 +25,7 @@ def score_line(score: dict) -> str:
     parts = [f"{metric} {score[metric]:.3f} ({span}n {score['n']})"]
     parts += [f"{key} {score[key]:.3f}" for key in ("bleu", "rouge_l", "held_out_loss") if key in score and key != metric]
     parts += [f"{key} {score[key]:.4g}" if key == "perplexity" else f"{key} {score[key]:.3f}" for key in rest if key != metric]
+    parts += [f"the most frequent answer alone {score['majority']:.3f}"] if "majority" in score else []
     parts += [f"{score['unanswered']} rows too long for the model, counted as wrong"] if score.get("unanswered") else []
     return ", ".join(parts)
 

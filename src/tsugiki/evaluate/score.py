@@ -47,7 +47,8 @@ class Row:
 class Score:
     """`value` of `metric` over n rows; `loss` in nats per supervised token; `interval` at 95 %, where one is defined; `cut`
     rows whose loss is of their first tokens only, or missing, since they are longer than the limit; `unanswered` rows that
-    are too long for the model and count as wrong; `also`: other scores of the same answers."""
+    are too long for the model and count as wrong; `also`: other scores of the same answers, and, of a choice, `majority`: what
+    saying the most frequent answer to everything would give."""
     metric: str
     value: float
     n: int
@@ -171,6 +172,8 @@ def measure(model: nn.Module, renderer: Renderer, items: Sequence[Item], how: Sc
         else:
             answers = _likeliest(model, renderer, items, how.choice_by == "likelihood-norm", pad_id, max_length, progress, lenient)
             rows = [_row(i, a, (float(a == i.gold.strip()), 1.0)) for i, a in zip(items, answers, strict=True)]
+        if how.metric == "choice":
+            also = {"majority": Counter(r.expected for r in rows).most_common(1)[0][1] / len(rows)}
         return _scored(how.metric, rows, loss, report.cut, answers.count(None), also)
     finally:
         model.train(was_training)
