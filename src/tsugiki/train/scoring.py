@@ -31,15 +31,17 @@ def task_of(cfg: RunConfig, train: Sequence[Conversation], say: Callable[[str], 
 def scored_by(model: nn.Module, renderer: Renderer, held_out: Sequence[Conversation], task: tasks.Task | None, cfg: EvalConfig,
               pad: int, limit: int) -> Callable[[], Score] | None:
     """The task, with the loss of held-out rows beside it, or the held-out rows; None where there is neither."""
-    held = partial(evaluate, model, renderer, held_out, pad_id=pad, max_length=limit)
+    def held(how: EvalConfig) -> Score:
+        return evaluate(model, renderer, held_out, how, pad, limit)
+
     if task is None:
-        return partial(held, cfg=cfg) if held_out else None
+        return partial(held, cfg) if held_out else None
 
     def score() -> Score:
         found = tasks.score(model, renderer, task, cfg, pad, room(model) or limit)
         if not held_out:
             return found
-        return replace(found, also=found.also | {"held_out_loss": held(cfg=replace(cfg, metric="loss")).loss})
+        return replace(found, also=found.also | {"held_out_loss": held(replace(cfg, metric="loss")).loss})
     return score
 
 
