@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench speed methods docs clean
+.PHONY: help install demo test lint harness tasks bench speed methods docs clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\): *[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -28,6 +28,13 @@ test: lint      ## the linter, then every test: offline, one thread a worker, WO
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check src tests scripts benchmarks examples
+
+harness: $(READY)  ## install lm-evaluation-harness (325 MB with what it brings) and run its tests, which are skipped without it
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,eval]'
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest tests/test_harness.py $(ARGS)
+
+tasks: $(READY)  ## check 200 rows a task (DATA=the folder above the tasks') against a plain re-computation; an hour. ARGS
+	$(BIN)/python scripts/check_tasks.py --data $(DATA) --tasks $(or $(TASKS),boolq ARC-Easy ARC-Challenge openbookqa winogrande) $(ARGS)
 
 bench: $(READY)  ## how much faster a training step is when freed memory is kept
 	$(BIN)/python benchmarks/malloc.py

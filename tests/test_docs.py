@@ -19,7 +19,8 @@ from tsugiki.methods import METHODS
 from tsugiki.sites import FAMILIES
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/configuration.md", "docs/methods.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/configuration.md", "docs/methods.md",
+         "docs/tasks.md")
 
 
 def text(page: str) -> str:

@@ -5,13 +5,13 @@ import signal
 import numpy
 import pytest
 import torch
-from kit import CASES, config, go, left, lines, llama, newest, result_bits, run_module, same
+from kit import CASES, config, go, left, lines, llama, newest, result_bits, same
 from safetensors.torch import load_file
 
 from tsugiki.data import load_conversations
 from tsugiki.errors import RunError
 from tsugiki.evaluate.score import Score
-from tsugiki.train import loop
+from tsugiki.train import loop, scoring
 from tsugiki.train.loop import Interrupted
 
 LOOKS = {"never": {"held": False}, "at the ends": {"held": True},
@@ -129,7 +129,7 @@ def test_a_fault_in_a_frozen_weight_stops_the_run_and_the_checkpoint_is_good(nam
 def scripted(monkeypatch, values: list[float], metric: str) -> None:
     """Evaluations give these values, the first before training."""
     left_over = iter(values)
-    monkeypatch.setattr(run_module, "evaluate", lambda *a, **k: Score(metric, value := next(left_over), 6, value))
+    monkeypatch.setattr(scoring, "evaluate", lambda *a, **k: Score(metric, value := next(left_over), 6, value))
 
 
 @pytest.mark.parametrize("metric, values, best", [

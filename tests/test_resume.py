@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from kit import CASES, config, go, left, llama, newest, run_module
+from kit import CASES, config, go, left, llama, newest
 
 from tsugiki.evaluate.score import Score
-from tsugiki.train import loop
+from tsugiki.train import loop, scoring
 
 # 22 rows in batches of 4: an epoch is 6 steps, the last of 2 rows
 STEPS = 9
@@ -50,7 +50,7 @@ def test_evaluations_the_best_weights_and_early_stopping_survive_a_stop(tmp_path
 
     def scored(model, renderer, rows, cfg, pad, limit, progress=None):
         return Score("loss", values[now["step"]], 6, values[now["step"]])
-    monkeypatch.setattr(run_module, "evaluate", scored)
+    monkeypatch.setattr(scoring, "evaluate", scored)
 
     def started(out, step=0, **more):
         now["step"] = step

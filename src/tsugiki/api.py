@@ -13,6 +13,7 @@ from tsugiki.adapters import attach
 from tsugiki.config import DataConfig, EvalConfig, RunConfig, TrainConfig, build
 from tsugiki.data import Conversation, Message, Renderer, load_conversations
 from tsugiki.errors import UserError
+from tsugiki.evaluate import tasks
 from tsugiki.evaluate.answers import generate_answers, room
 from tsugiki.evaluate.score import Score
 from tsugiki.evaluate.score import evaluate as score
@@ -24,9 +25,11 @@ from tsugiki.weights import few_bits
 
 
 def train(model: nn.Module, tokenizer, data: str | Path | Sequence[str | Path], out: str | Path, *, adapter: str = "default",
-          method=None, held_out: str | Path | None = None, quiet: bool = False, **settings) -> Result:
+          method=None, held_out: str | Path | None = None, task: str | Path | None = None, task_data: str | Path | None = None,
+          quiet: bool = False, **settings) -> Result:
     """Train an adapter of `model` (added before under the name `adapter`, else made from `method`, default LoRA) on data files.
 
+    task, task_data: a task that is the run's metric, and where its rows are (`tsugiki.evaluate.tasks.load`).
     settings: keys of TrainConfig, as lr=1e-3, epochs=2, batch_size=32. A run found in `out` goes on.
     Raises UserError for bad data or settings before anything is trained, RunError for a run that cannot go on.
     """
@@ -44,7 +47,8 @@ def train(model: nn.Module, tokenizer, data: str | Path | Sequence[str | Path], 
                     bits=few_bits(model) or 0,
                     method={"name": type(chosen).name} | fields,
                     data=DataConfig(files=[str(f) for f in files], eval=[str(held_out)] if held_out else []),
-                    train=build(TrainConfig, settings, "train."))
+                    train=build(TrainConfig, settings, "train."),
+                    eval=EvalConfig(task=str(task) if task else None, task_data=str(task_data) if task_data else None))
     say = (lambda line: None) if quiet else (lambda line: console().print(line, markup=False))
     return run(model, tokenizer, cfg, read_rows(cfg, say), quiet=quiet, say=say)
 
@@ -65,15 +69,23 @@ def train_run(cfg: RunConfig, *, quiet: bool = False) -> Result:
     return run(model, tokenizer, cfg, rows, quiet=quiet, say=say)
 
 
-def evaluate(model: nn.Module, tokenizer, data: str | Path | Sequence[Conversation], *, adapter: str | None = None,
-             max_length: int = 1024, stop: str | None = None, progress: Callable[[int, int], None] | None = None,
-             **settings) -> Score:
-    """Score rows with the base (adapter=None) or one adapter. settings: keys of EvalConfig."""
-    conversations = load_conversations([data]) if isinstance(data, (str, Path)) else list(data)
+def evaluate(model: nn.Module, tokenizer, data: str | Path | Sequence[Conversation] | None = None, *, adapter: str | None = None,
+             max_length: int = 1024, stop: str | None = None, chat: bool = False,
+             progress: Callable[[int, int], None] | None = None, **settings) -> Score:
+    """Score rows, or a task (task="boolq", task_data=DIR), with the base (adapter=None) or one adapter.
+
+    chat: ask a task as chat messages, through the model's template. settings: keys of EvalConfig.
+    """
+    cfg, task = build(EvalConfig, settings, "eval."), None
+    if (data is None) == (cfg.task is None):
+        raise UserError("evaluate: give data or task, one of them")
+    if cfg.task is not None:
+        task = tasks.load(cfg.task, cfg.task_data, cfg.max_rows, chat)
+    rows = None if data is None else load_conversations([data]) if isinstance(data, (str, Path)) else list(data)
     with _using(model, adapter):
-        limit = min(max_length, room(model) or max_length)
-        return score(model, Renderer(tokenizer, stop=stop), conversations, build(EvalConfig, settings, "eval."), pad_id(tokenizer),
-                     limit, progress)
+        how = cfg, pad_id(tokenizer), min(max_length, room(model) or max_length), progress
+        renderer = Renderer(tokenizer, stop=stop)
+        return tasks.score(model, renderer, task, *how) if task else score(model, renderer, rows, *how)
 
 
 def _using(model: nn.Module, adapter: str | None) -> AbstractContextManager:

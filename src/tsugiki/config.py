@@ -16,6 +16,8 @@ from tsugiki.errors import UserError, nearest
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 SWITCH = ("auto", "on", "off")
 SCHEDULES = ("cosine", "linear", "constant")
+METRICS = ("auto", "exact", "number", "choice", "contains", "regex", "bleu", "rouge_l", "perplexity", "loss")
+CHOICE_BY = ("auto", "likelihood", "likelihood-norm", "generation")
 
 
 def option(default, help: str, choices: tuple = (), low: float | None = None, high: float | None = None):
@@ -79,12 +81,25 @@ class TrainConfig:
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """How answers are scored."""
-    metric: str = option("auto", "exact: generated answer equals; choice: most likely of the choices; bleu; loss only",
-                         ("auto", "exact", "choice", "bleu", "loss"))
+    metric: str = option("auto", "exact: the answer equals; number: its number does; choice: one of the choices; contains: the "
+                         "expected is in it; regex: what eval.pattern finds equals; bleu, rouge_l; perplexity, loss", METRICS)
     choices: list[str] = option(list, "the allowed answers of metric choice (default: the distinct answers seen)")
+    choice_by: str = option("auto", "metric choice by the choices' likelihood, that a token, or by what is generated "
+                            "(default: the task's own, else likelihood)", CHOICE_BY)
+    pattern: str | None = option(None, "of metric regex: the answer is its last match (first group); without it the expected "
+                                 "answer is the pattern")
+    tolerance: float | None = option(None, "of metric number: how far an answer may be off (default: the task's, else 0.001)",
+                                     low=0.0)
+    until: list[str] = option(list, "texts that end a generated answer, beside the stop token")
     max_rows: int | None = option(None, "score at most this many held-out rows", low=1)
-    max_new_tokens: int = option(64, "longest generated answer", low=1)
+    max_new_tokens: int | None = option(None, "longest generated answer (default: the task's, else 64)", low=1)
     batch_size: int = option(32, "rows generated at once", low=1)
+    task: str | None = option(None, "a task that is scored instead of held-out rows: a name, or a folder with test.json")
+    task_data: str | None = option(None, "where the rows of eval.task are: its folder, or the one above it, or a file")
+
+    @property
+    def new_tokens(self) -> int:
+        return self.max_new_tokens or 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +125,13 @@ class RunConfig:
             raise UserError(f"bits: weights in {self.bits} bits cannot be trained; give another method than full, or bits 0")
         if data.labels and not (data.prompt or data.completion):
             raise UserError("data.labels: they are words for a table's columns; give data.prompt and data.completion too")
-        if not (data.eval or data.holdout):
+        if self.eval.task_data and not self.eval.task:
+            raise UserError("eval.task_data: the rows of which task? give eval.task (--task) too")
+        if not (data.eval or data.holdout or self.eval.task):
             for key, on in (("keep: best", train.keep == "best"), ("patience", train.patience), ("eval_steps", train.eval_steps)):
                 if on:
-                    raise UserError(f"train.{key} needs held-out rows; give data.eval (--eval-data) or data.holdout")
+                    raise UserError(f"train.{key} needs held-out rows or a task; give data.eval (--eval-data), data.holdout or "
+                                    "eval.task (--task)")
         if train.patience and not train.eval_steps:
             raise UserError("train.patience: counts evaluations, so it needs train.eval_steps")
 

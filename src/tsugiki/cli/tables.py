@@ -20,18 +20,27 @@ def _numeric(text: str) -> bool:
 
 def score_line(score: dict) -> str:
     """`accuracy 0.812 (0.785 to 0.836, n 872), loss 0.412, perplexity 1.5`."""
-    metric = score["metric"]
-    parts = []
-    if metric != "loss":
-        low_high = score.get("interval")
-        span = f"{low_high[0]:.3f} to {low_high[1]:.3f}, " if low_high else ""
-        parts.append(f"{metric} {score[metric]:.3f} ({span}n {score['n']})")
-    parts.append(f"loss {score['loss']:.3f}, perplexity {score['perplexity']:.4g}" + ("" if parts else f", n {score['n']}"))
+    metric, rest = score["metric"], ("loss", "perplexity")
+    span = "{:.3f} to {:.3f}, ".format(*score["interval"]) if score.get("interval") else ""
+    parts = [f"{metric} {score[metric]:.3f} ({span}n {score['n']})"]
+    parts += [f"{key} {score[key]:.3f}" for key in ("bleu", "rouge_l", "held_out_loss") if key in score and key != metric]
+    parts += [f"{key} {score[key]:.4g}" if key == "perplexity" else f"{key} {score[key]:.3f}" for key in rest if key != metric]
+    parts += [f"the most frequent answer alone {score['majority']:.3f}"] if "majority" in score else []
+    parts += [f"{score['unanswered']} rows too long for the model, counted as wrong"] if score.get("unanswered") else []
     return ", ".join(parts)
 
 
+def paired_line(pair) -> str:
+    """`accuracy +0.050 (0.010 to 0.090), 12 rows better, 2 worse of 240, p 0.013 (exact McNemar)`."""
+    span = " ({:+.3f} to {:+.3f})".format(*pair.interval) if pair.interval else ""
+    return (f"{pair.metric} {pair.difference:+.3f}{span}, {pair.better} rows better, {pair.worse} worse of {pair.n}, "
+            f"p {pair.p:.3g} ({pair.test})")
+
+
+SCORES = ("accuracy", "bleu", "rouge_l", "held_out_loss", "loss", "perplexity")      # in the order they are shown
+
+
 def before_after(before: dict, after: dict) -> str:
-    rows = [(key, f"{before[key]:.3f}" if key in before else "-", f"{after[key]:.3f}")
-            for key in ("accuracy", "bleu", "loss", "perplexity") if key in after]
+    rows = [(key, f"{before[key]:.3f}" if key in before else "-", f"{after[key]:.3f}") for key in SCORES if key in after]
     return table(("held out", "before", "after"), rows) + f"\nn {after['n']}" + (
         "   95 % interval {:.3f} to {:.3f}".format(*after["interval"]) if after.get("interval") else "")

@@ -9,6 +9,7 @@ HELP = """Fine-tune a model on rows of data.
 
   tsugiki train --data rows.jsonl --out runs/first
   tsugiki train --base ./my-model --data rows.csv --prompt "Review: {text}\\nSentiment:" --completion " {label}" --out runs/reviews
+  tsugiki train --data train.json --task boolq --task-data ./dataset --eval-steps 100 --keep best --patience 5 --out runs/boolq
   tsugiki train --base ./my-model --data notes.txt --format text --method full --set method.last=2 --out runs/notes
 
 The folder gets adapter/ (or model/ for full fine-tuning), metrics.jsonl, run.yaml, checkpoints/ and report.html.
@@ -20,7 +21,8 @@ KEYS = {"base": "base", "out": "out", "adapter_name": "adapter", "device": "devi
         "completion": "data.completion", "holdout": "data.holdout", "max_rows": "data.max_rows", "epochs": "train.epochs",
         "steps": "train.steps", "lr": "train.lr", "batch_size": "train.batch_size", "max_length": "train.max_length",
         "seed": "train.seed", "dtype": "train.dtype", "eval_steps": "train.eval_steps", "save_steps": "train.save_steps",
-        "metric": "eval.metric", "compile": "train.compile"}
+        "metric": "eval.metric", "task": "eval.task", "task_data": "eval.task_data", "keep": "train.keep",
+        "patience": "train.patience", "compile": "train.compile"}
 
 
 def add(commands) -> None:
@@ -29,6 +31,8 @@ def add(commands) -> None:
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", nargs="+", metavar="FILE", help="training rows: .jsonl .json .csv .tsv .parquet .txt, also .gz")
     p.add_argument("--eval-data", nargs="+", metavar="FILE", help="held-out rows")
+    p.add_argument("--task", help="a task as metric, beside or instead of held-out rows (tsugiki eval --task list)")
+    p.add_argument("--task-data", metavar="DIR", help="where the task's rows are")
     p.add_argument("--holdout", help="share of the rows to hold out instead, as 0.05")
     p.add_argument("--method", help="lora (the default), bitfit, full, ...; its fields by --set method.rank=16")
     p.add_argument("--out", metavar="DIR", help="folder of the run")
@@ -42,7 +46,10 @@ def add(commands) -> None:
                        ("max-length", "longest row in tokens (512)"), ("seed", "everything random is drawn from it (0)"),
                        ("eval-steps", "evaluate every so many steps"), ("save-steps", "a checkpoint every so many steps"),
                        ("compile", "auto (the default: in runs so long that it pays), on or off"),
-                       ("metric", "auto, exact, choice, bleu or loss"), ("adapter-name", "name of the adapter (default)")):
+                       ("metric", "auto, exact, number, choice, contains, regex, bleu, rouge_l, perplexity or loss"),
+                       ("keep", "which weights are the result: last (the default) or best, by the score"),
+                       ("patience", "stop after so many evaluations without improvement"),
+                       ("adapter-name", "name of the adapter (default)")):
         p.add_argument(f"--{flag}", help=text)
     p.add_argument("--config", metavar="FILE", help="a YAML file of the same keys; flags win over it")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",

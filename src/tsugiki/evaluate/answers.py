@@ -28,9 +28,17 @@ def generate_answers(model: nn.Module, renderer: Renderer, conversations: Sequen
             raise UserError(f"{c.where}: the prompt is empty and the tokenizer adds no beginning: there is nothing to continue")
         if limit and len(prompt) >= limit:
             raise UserError(f"{c.where}: the prompt has {len(prompt)} tokens, the model takes {limit} with its answer")
-    distinct = sorted(set(prompts), key=lambda p: (len(p), p))
+    answers = generate_ids(model, prompts, renderer.stop_ids, max_new_tokens, batch_size, pad_id, progress)
+    return [renderer.answer(new) for new in answers]
+
+
+@torch.no_grad()
+def generate_ids(model: nn.Module, prompts: Sequence[tuple[int, ...]], stop_ids: Sequence[int], max_new_tokens: int,
+                 batch_size: int, pad_id: int, progress: Callable[[int, int], None] | None = None) -> list[list[int]]:
+    """The greedy continuation of each prompt, in order, stop token and padding included; equal prompts are continued once."""
+    distinct, limit = sorted(set(prompts), key=lambda p: (len(p), p)), room(model)
     device = model.get_input_embeddings().weight.device
-    answers: dict[tuple[int, ...], str] = {}
+    answers: dict[tuple[int, ...], list[int]] = {}
     batches = list(_batches(distinct, batch_size, (limit or 1 << 60) - max_new_tokens))
     decoder = Decoder(model, steps=len(batches) * max_new_tokens)
     for rows in batches:
@@ -39,9 +47,8 @@ def generate_answers(model: nn.Module, renderer: Renderer, conversations: Sequen
         ids = torch.tensor([[pad_id] * (width - len(r)) + list(r) for r in rows], device=device)            # (B, T)
         mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
         out = decoder.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False,
-                               eos_token_id=list(renderer.stop_ids), pad_token_id=pad_id)
-        for row, new in zip(rows, out[:, width:].tolist(), strict=True):
-            answers[row] = renderer.answer(new)
+                               eos_token_id=list(stop_ids), pad_token_id=pad_id)
+        answers |= dict(zip(rows, out[:, width:].tolist(), strict=True))
         if progress:
             progress(len(answers), len(distinct))
     return [answers[p] for p in prompts]

@@ -61,6 +61,30 @@ def _prompts(batch: Batch) -> torch.Tensor:
     return before_first(trained, starts)
 
 
+def _inputs(model: nn.Module, batch: Batch) -> dict[str, object]:
+    """The forward's arguments for a batch."""
+    inputs: dict[str, object] = {"input_ids": batch.ids, "use_cache": False}
+    if batch.packed:
+        inputs["position_ids"] = batch.positions
+        if active(model):
+            inputs["cu_seq_lens_q"] = batch.ends()
+    if getattr(getattr(model, "adapters", None), "placed", None):                # some adapter must know where prompts end
+        inputs["prompt_mask"] = _prompts(batch)
+    return inputs
+
+
+def target_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logits (N, V) at the batch's targets, the targets (N,), the data-set rows (N,) they belong to); float32 or float64."""
+    rows, columns = (batch.targets != IGNORE).nonzero(as_tuple=True)
+    head, inputs = model.get_output_embeddings(), _inputs(model, batch)
+    if head is None or _edited(head):
+        logits = model(**inputs).logits[rows, columns]
+    else:
+        with _head_sees(model, rows, columns, batch.ids.shape[1], whole=True):
+            logits = model(**inputs).logits[:, 0]
+    return (logits if logits.dtype == torch.float64 else logits.float()), batch.targets[rows, columns], batch.samples[rows, columns]
+
+
 def token_losses(model: nn.Module, batch: Batch, **route: object) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy (nats) of every target of the batch.
 
@@ -68,13 +92,7 @@ def token_losses(model: nn.Module, batch: Batch, **route: object) -> tuple[torch
     `route` is passed on to the forward: adapter_ids, token_keys.
     """
     rows, columns = (batch.targets != IGNORE).nonzero(as_tuple=True)            # (N,), (N,)
-    inputs = {"input_ids": batch.ids, "use_cache": False} | route
-    if batch.packed:
-        inputs["position_ids"] = batch.positions
-        if active(model):
-            inputs["cu_seq_lens_q"] = batch.ends()
-    if getattr(getattr(model, "adapters", None), "placed", None):                # some adapter must know where prompts end
-        inputs["prompt_mask"] = _prompts(batch)
+    inputs = _inputs(model, batch) | route
     head, targets = model.get_output_embeddings(), batch.targets[rows, columns]
     if head is None or _edited(head) or not len(rows):
         logits = model(**inputs).logits[rows, columns]                          # (N, V)

@@ -26,7 +26,7 @@ from tsugiki.data.render import Example
 from tsugiki.edit import Config
 from tsugiki.errors import UserError
 from tsugiki.evaluate.answers import generate_answers, room
-from tsugiki.evaluate.score import evaluate
+from tsugiki.evaluate.tasks import Task
 from tsugiki.formats.export import export_model
 from tsugiki.kernels.attention import active
 from tsugiki.load import compute_dtype, pad_id, stored_dtype
@@ -34,6 +34,7 @@ from tsugiki.memory import MAPPED, allocator, keep_freed_memory
 from tsugiki.methods import Full, make
 from tsugiki.route import token_keys
 from tsugiki.sites import decoder_layers, width
+from tsugiki.train import scoring
 from tsugiki.train.compiled import compiling
 from tsugiki.train.fitting import Fit, made_again, measured, overhead
 from tsugiki.train.layout import arranged, largest_tensor
@@ -45,7 +46,8 @@ from tsugiki.weights import few_bits, numel
 
 # Keys that may differ between a run and its resumption: they change what is kept or shown, never the weights; the files'
 # contents are compared, not their names.
-INERT = ("out", "device", "data.files", "data.eval", "data.template", "train.log_steps", "train.save_steps", "train.save_keep")
+INERT = ("out", "device", "data.files", "data.eval", "data.template", "eval.task_data", "train.log_steps", "train.save_steps",
+         "train.save_keep")
 TEMPORARY = "run.yaml.tmp"                            # left by a kill in the run's first moments
 
 
@@ -56,6 +58,7 @@ class Rows:
     held_out: list[Conversation]
     fingerprint: str
     template: str | None = None                       # text of data.template
+    task: Task | None = None                    # what is scored beside or instead of held-out rows
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,12 @@ def read_rows(cfg: RunConfig, say: Callable[[str], None]) -> Rows:
     say(f"{len(train):,} rows to train on" + (f", {len(held):,} held out" if held else ", none held out"))
     if held and (both := duplicates(train, held)):
         say(f"the held-out score is too good: {both}")
+    task = scoring.task_of(cfg, train, say)
     said = [f"{c.kind}{[(m.role, m.content) if m.trained else (m.role, m.content, 0) for m in c.messages]}"
             for c in (*train, *held)]
-    text = "\0".join([*said, *([template] if template else [])])
-    return Rows(train, held, hashlib.sha256(f"{len(train)}\0{text}".encode("utf-8", "surrogatepass")).hexdigest(), template)
+    asked = [f"{i.conversation.messages}{i.gold}{i.options}" for i in (task.items if task else ())]
+    text = "\0".join([*said, *([template] if template else []), *asked])
+    return Rows(train, held, hashlib.sha256(f"{len(train)}\0{text}".encode("utf-8", "surrogatepass")).hexdigest(), template, task)
 
 
 def _template(path: str | None) -> str | None:
@@ -177,15 +182,13 @@ def run(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, *, quiet: bool 
         method.prepare(adapter, partial(look, model, examples, train, pad_id(tokenizer), cfg.adapter))
         params = adapter.parameters()                 # a start made from data may have changed their shapes
     freeze_but(model, params)
-    scoring = None
-    if rows.held_out:
-        scoring = partial(evaluate, model, renderer, rows.held_out, cfg.eval, pad_id(tokenizer), limit)
+    score = scoring.scored_by(model, renderer, rows.held_out, rows.task, cfg.eval, pad_id(tokenizer), limit)
     with ExitStack() as stack:
-        job, fit_ = _prepare(stack, model, tokenizer, cfg, method, params, adapter, examples, scoring, say)
+        job, fit_ = _prepare(stack, model, tokenizer, cfg, method, params, adapter, examples, score, say)
         trainable, total = sum(p.numel() for p in params.values()), _count(model, params, full)
         _say_start(job, fit_, model, method, trainable, total, say)
-        picked = rows.held_out[:3] if any(c.kind != "text" for c in rows.held_out[:3]) else []
-        answers = partial(generate_answers, model, renderer, picked, cfg.eval.max_new_tokens, 8, pad_id(tokenizer))
+        picked, longest = scoring.samples(model, renderer, rows.held_out, rows.task, cfg.eval)
+        answers = partial(generate_answers, model, renderer, picked, longest, 8, pad_id(tokenizer))
         claim(out, cfg, rows.fingerprint)             # from here on the folder is this run's
         progress = fit(job, out, quiet=quiet, say=say, samples=(lambda: [{"before": a} for a in answers()]) if picked else None)
         saved = _save(model, tokenizer, adapter, cfg, renderer, rows.train[0].kind)
@@ -196,7 +199,7 @@ def run(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, *, quiet: bool 
     return result
 
 
-def _prepare(stack: ExitStack, model: nn.Module, tokenizer, cfg: RunConfig, method, params: dict, adapter, examples, scoring,
+def _prepare(stack: ExitStack, model: nn.Module, tokenizer, cfg: RunConfig, method, params: dict, adapter, examples, score,
              say: Callable[[str], None]) -> tuple[Job, Fit]:
     """The job, and how its forwards fit into memory; what is changed about the model for it is undone when `stack` closes."""
     train, full, pad = cfg.train, adapter is None, pad_id(tokenizer)
@@ -218,7 +221,7 @@ def _prepare(stack: ExitStack, model: nn.Module, tokenizer, cfg: RunConfig, meth
     wish = "off" if train.compile == "auto" and fit_.again else train.compile
     compiled = stack.enter_context(compiling(layers, wish, work, device, say))
     return Job(model, params, examples, dataclasses.replace(train, max_tokens=fit_.tokens),
-               method.rate(width(model)) if train.lr is None else train.lr, pad, layout, route=route, evaluate=scoring,
+               method.rate(width(model)) if train.lr is None else train.lr, pad, layout, route=route, evaluate=score,
                untrained=nullcontext if full else partial(attach(model).use, None), adapter=adapter, autocast=autocast,
                overhead=overhead(layers, device) if layers else FORWARD_OVERHEAD, layers=compiled), fit_
 
@@ -321,21 +324,24 @@ def _save(model, tokenizer, adapter, cfg: RunConfig, renderer: Renderer, kind: s
 
 def _report(result: Result, cfg: RunConfig, params: dict[str, nn.Parameter], samples: Sequence[dict], method: str) -> dict:
     progress, curves = result.progress, {}
+    shown = scoring.curve_names(cfg.eval)
     names = {"loss": "train loss", "lr": "learning rate", "norm": "gradient norm", "tokens_per_second": "tokens/s"}
     for line in MetricsFile(result.out / "metrics.jsonl", progress.offset).read():
         for key, name in names.items():
             if key in line:
                 curves.setdefault(name, []).append((line["step"], line[key]))
         for key, value in line.get("eval", {}).items():
-            if key in ("loss", "accuracy", "bleu"):
-                curves.setdefault("held-out loss" if key == "loss" else key, []).append((line["step"], value))
+            if key in shown:
+                curves.setdefault(shown[key], []).append((line["step"], value))
     before, after = progress.before, progress.after
     table = {key: {"before": before.get(key), "after": after.get(key), "n": after.get("n"),
                    "interval": after.get("interval") if key == after.get("metric") else None}
-             for key in ("accuracy", "bleu", "loss", "perplexity") if key in after}
+             for key in scoring.SCORES if key in after}
     return {"title": f"{method} on {cfg.base}", "config": dataclasses.asdict(cfg), "curves": curves, "samples": list(samples),
             "before_after": table,
-            "summary": {"steps": progress.step, "tokens": progress.tokens, "minutes": round(progress.seconds / 60, 2),
+            "summary": ({"task": cfg.eval.task} if cfg.eval.task else {}) | (
+                {"best at step": progress.best_step} if cfg.train.keep == "best" or progress.stopped else {}) | {
+                        "steps": progress.step, "tokens": progress.tokens, "minutes": round(progress.seconds / 60, 2),
                         "stopped early": progress.stopped or "no", "saved to": str(result.saved)},
             "parameters": {"total": result.total, "trainable": result.trainable, "share": result.trainable / result.total,
                            "rows": [{"site": n, "count": p.numel()} for n, p in params.items()]},
