@@ -14,7 +14,7 @@ from tsugiki.data.render import Example, Renderer, chunks, parts
 from tsugiki.data.rows import Bad, Problem, Source, raise_problems, read
 from tsugiki.data.strict import MAX_LINE
 
-PIECE = 1 << 20                                       # characters of a text file that are tokenised at once
+PIECE = 1 << 18                                       # characters of a text file that are tokenised at once
 MANY = 1000                                           # bad rows after which reading stops
 
 

@@ -34,11 +34,7 @@ class Tokens(Sequence[Example]):
         size = note["bytes"]["rows.i64"] // 8
         self.rows = torch.from_file(str(folder / "rows.i64"), shared=False, size=size, dtype=torch.int64).view(-1, 3)
         self.lengths = torch.diff(self.rows[:, 0], prepend=torch.zeros(1, dtype=torch.int64))
-        self.ids = os.open(folder / "ids.u32", os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "ids"):
-            os.close(self.ids)
+        self.ids = open(folder / "ids.u32", "rb", buffering=0)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -51,7 +47,7 @@ class Tokens(Sequence[Example]):
         end, file, line = self.rows[i].tolist()
         length = int(self.lengths[i])
         got = array("I")
-        got.frombytes(os.pread(self.ids, 4 * length, 4 * (end - length)))
+        got.frombytes(os.pread(self.ids.fileno(), 4 * length, 4 * (end - length)))
         return Example([v & ~TRAINED for v in got], [v >= TRAINED for v in got], f"{self.files[file]}:{line}")
 
 
