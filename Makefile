@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint harness tasks bench speed methods docs clean
+.PHONY: help install demo test lint harness tasks bench speed methods replay docs clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\): *[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -45,6 +45,9 @@ speed: $(READY)  ## tokens/s of LoRA at SmolLM2-135M's shape beside Trainer with
 methods: $(READY)  ## train every method on SST-2 (DATA=its folder), three seeds; write the table in docs/methods.md. Hours; goes on
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/methods_sst2.py --data "$(DATA)"
 	$(BIN)/python scripts/make_docs.py --sst2
+
+replay: $(READY)  ## the replay study on TinyStories and novels (DATA=folder of both); ~15 minutes, goes on, results in benchmarks/results
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/replay_study.py --data "$(DATA)" $(ARGS)
 
 docs: $(READY)  ## write docs/configuration.md, docs/methods.md and the README's table of methods anew from the code
 	$(BIN)/python scripts/make_docs.py

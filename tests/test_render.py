@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -188,10 +189,25 @@ def test_long_texts_are_split_without_loss(kind, size):
         c = Conversation("text", (Message("assistant", document),), "f:1")
         examples, report = Renderer(t).examples([c], size)
         whole = t(document)["input_ids"] + [t.eos_token_id]
-        ids = [i for e in examples for i in e.ids]
-        assert ids == whole[: len(ids)] and len(whole) - len(ids) == report.dropped <= (size == 2)
+        trained = [i for e in examples for i, on in zip(e.ids, e.trained, strict=True) if on]
+        assert trained == whole[1:], "every token but the first is trained, once"
         assert all(len(e.ids) <= size and e.trained == [False] + [True] * (len(e.ids) - 1) for e in examples)
-        assert report.chunks == len(examples) + report.dropped - 1 and report.cut == 0
+        assert all(a.ids[-1] == b.ids[0] for a, b in itertools.pairwise(examples)), "a piece begins where the last one ended"
+        assert report.chunks == len(examples) - 1 and report.cut == 0 and report.dropped == 0
+
+
+@pytest.mark.parametrize(
+    "eos, stop, end",
+    [("<|im_end|>", None, "<|endoftext|>"), ("<|eot_id|>", None, "<|endoftext|>"), ("</s>", None, "</s>"),
+     ("<|im_end|>", "<|im_end|>", "<|im_end|>")],
+)
+def test_a_text_ends_as_in_pretraining_and_an_answer_as_a_turn(eos, stop, end):
+    """Chat tokenizers call the end of a turn their eos; no text of pretraining ended with it."""
+    t = tokenizer(eos=eos, template=CHATML if eos == "<|im_end|>" else None)
+    r = Renderer(t, stop=stop)
+    (e,), _ = r.examples([Conversation("text", (Message("assistant", "hello"),), "f:1")], 64)
+    (a,), _ = r.examples([Conversation("plain", (Message("user", "a"), Message("assistant", "b")), "f:1")], 64)
+    assert e.ids[-1] == t.convert_tokens_to_ids(end) and a.ids[-1] == t.convert_tokens_to_ids(stop or eos)
 
 
 def test_literal_special_tokens_in_content_are_refused_by_name():

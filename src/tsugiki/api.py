@@ -30,7 +30,8 @@ def train(model: nn.Module, tokenizer, data: str | Path | Sequence[str | Path], 
     """Train an adapter of `model` (added before under the name `adapter`, else made from `method`, default LoRA) on data files.
 
     task, task_data: a task that is the run's metric, and where its rows are (`tsugiki.evaluate.tasks.load`).
-    settings: keys of TrainConfig, as lr=1e-3, epochs=2, batch_size=32. A run found in `out` goes on.
+    settings: keys of TrainConfig, as lr=1e-3, epochs=2, batch_size=32, and of DataConfig, as replay=["old.txt"],
+    replay_ratio=0.1, source_eval=["held.txt"]. A run found in `out` goes on.
     Raises UserError for bad data or settings before anything is trained, RunError for a run that cannot go on.
     """
     attached = attach(model) if not isinstance(method, Full) else None
@@ -43,10 +44,15 @@ def train(model: nn.Module, tokenizer, data: str | Path | Sequence[str | Path], 
     fields = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
     fields = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
     files = [data] if isinstance(data, (str, Path)) else list(data)
+    rows = {"files": [str(f) for f in files], "eval": [str(held_out)] if held_out else []}
+    for key in [k for k in settings if k in {f.name for f in dataclasses.fields(DataConfig)} - rows.keys()]:
+        value = settings.pop(key)
+        value = str(value) if isinstance(value, Path) else value
+        rows[key] = [str(v) for v in value] if isinstance(value, (list, tuple)) else value
     cfg = RunConfig(base=str(getattr(model.config, "_name_or_path", "") or ""), out=str(out), adapter=adapter,
                     bits=few_bits(model) or 0,
                     method={"name": type(chosen).name} | fields,
-                    data=DataConfig(files=[str(f) for f in files], eval=[str(held_out)] if held_out else []),
+                    data=build(DataConfig, rows, "data."),
                     train=build(TrainConfig, settings, "train."),
                     eval=EvalConfig(task=str(task) if task else None, task_data=str(task_data) if task_data else None))
     say = (lambda line: None) if quiet else (lambda line: console().print(line, markup=False))

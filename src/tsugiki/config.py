@@ -40,6 +40,14 @@ class DataConfig:
     train_on: str = option("all", "which assistant turns are trained", ("all", "last"))
     template: str | None = option(None, "a Jinja chat template file, instead of the model's own")
     stop: str | None = option(None, "the stop token, where the tokenizer has none")
+    replay: list[str] = option(list, "files like what the base was trained on, read again beside the data (docs/unsupervised.md)")
+    replay_ratio: float = option(0.1, "share of the tokens of each step that the replay files give", low=0.0, high=0.9)
+    mix: dict[str, float] = option(dict, "more files and the share of the tokens of each step that each gives, as "
+                                         "{'chat.jsonl': 0.2}; data.files give the rest")
+    source_eval: list[str] = option(list, "held-out text like what the base was trained on: its loss shows what is forgotten")
+    source_holdout: float = option(0.0, "share of the rows of the replay and of each mixed file held out", low=0.0, high=0.9)
+    streaming: str = option("auto", "tokens in a file beside the run, read as they are needed; auto: for data of more than 256 MB",
+                            SWITCH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +73,9 @@ class TrainConfig:
     save_keep: int = option(2, "checkpoints kept", low=1)
     eval_steps: int = option(0, "evaluate every so many steps, 0: only before and after", low=0)
     keep: str = option("last", "which weights are the result", ("last", "best"))
+    forgetting: str = option("warn", "what to do when the loss on held-out source text rises beyond the limit; stop keeps the last "
+                                     "evaluated weights within it", ("warn", "stop", "off"))
+    forgetting_limit: float = option(0.05, "how far it may rise, relative to what it was before training", low=0.0)
     patience: int = option(0, "stop after so many evaluations without improvement, with the best weights; 0: never", low=0)
     compile: str = option("auto", "torch.compile each decoder layer (needs a C++ compiler); auto: in runs so long that it pays",
                           SWITCH)
@@ -127,13 +138,40 @@ class RunConfig:
             raise UserError("data.labels: they are words for a table's columns; give data.prompt and data.completion too")
         if self.eval.task_data and not self.eval.task:
             raise UserError("eval.task_data: the rows of which task? give eval.task (--task) too")
+        _check_sources(data, train)
+        watched = bool(data.source_eval or data.source_holdout)
         if not (data.eval or data.holdout or self.eval.task):
-            for key, on in (("keep: best", train.keep == "best"), ("patience", train.patience), ("eval_steps", train.eval_steps)):
+            for key, on in (("keep: best", train.keep == "best"), ("patience", train.patience),
+                            ("eval_steps", train.eval_steps and not watched)):
                 if on:
                     raise UserError(f"train.{key} needs held-out rows or a task; give data.eval (--eval-data), data.holdout or "
                                     "eval.task (--task)")
         if train.patience and not train.eval_steps:
             raise UserError("train.patience: counts evaluations, so it needs train.eval_steps")
+
+
+def _check_sources(data: DataConfig, train: TrainConfig) -> None:
+    """What the keys of replay, mixing, streaming and the guard ask of one another."""
+    for name, share in data.mix.items():
+        if not 0 < share < 1:
+            raise UserError(f"data.mix: {_shown(name)}: {share:g} is out of range; a share of the tokens is above 0 and below 1")
+    if (total := sum(data.mix.values()) + (data.replay_ratio if data.replay else 0)) >= 0.999:
+        raise UserError(f"data.mix: the shares (with data.replay_ratio) sum to {total:g}; data.files give what is left of 1")
+    if data.source_holdout and not (data.replay or data.mix):
+        raise UserError("data.source_holdout: holds out rows of data.replay and data.mix; give one of them, or data.source_eval")
+    if data.source_holdout and data.source_eval and not data.mix:
+        raise UserError("data.source_holdout: data.source_eval is held-out source text already; give one of the two")
+    if data.streaming == "on":
+        for key in ("holdout", "max_rows", "source_holdout"):
+            if getattr(data, key):
+                raise UserError(f"data.{key}: not with data.streaming on, which does not count the rows first; "
+                                "give files of held-out rows")
+    if train.forgetting == "stop":
+        if not (data.source_eval or data.source_holdout and data.replay):
+            raise UserError("train.forgetting: stop needs held-out source text; give data.source_eval (--source-eval), "
+                            "or data.source_holdout with data.replay")
+        if not train.eval_steps:
+            raise UserError("train.forgetting: stop looks at the source loss every train.eval_steps steps; give that too")
 
 
 def build(cls: type, values: dict, where: str = ""):
@@ -148,8 +186,9 @@ def build(cls: type, values: dict, where: str = ""):
         if dataclasses.is_dataclass(hints[key]):
             built[key] = build(hints[key], value, f"{where}{key}.")
         else:
-            if isinstance(value, bool) and fields[key].metadata.get("choices", ())[:3] == SWITCH:     # YAML's on and off
-                value = "on" if value else "off"
+            choices = fields[key].metadata.get("choices") or ()
+            if isinstance(value, bool) and (word := "on" if value else "off") in choices:     # YAML's on and off
+                value = word
             built[key] = _typed(value, hints[key], f"{where}{key}")
             _in_range(built[key], fields[key].metadata, f"{where}{key}")
     return cls(**built)
@@ -168,6 +207,8 @@ def _typed(value, hint, name: str):
     if origin is dict:
         if not isinstance(value, dict):
             raise UserError(f"{name}: expected keys and values, found {_shown(value)}")
+        if typing.get_args(hint) == (str, float):
+            return {_typed(k, str, name): _typed(v, float, name) for k, v in value.items()}
         if typing.get_args(hint) != (str, str):
             return {str(k): v for k, v in value.items()}
         for part in (part for pair in value.items() for part in pair):

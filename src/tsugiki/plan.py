@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from tsugiki import formats
 from tsugiki.adapters import Adapter, attach
 from tsugiki.config import RunConfig, TrainConfig
+from tsugiki.data.mixture import Mixture
 from tsugiki.data.render import Example
 from tsugiki.edit import Config
 from tsugiki.errors import UserError
@@ -216,7 +217,8 @@ def _job(case: _Case, length: int, model: nn.Module, adapter: Adapter | None, pa
     cfg = RunConfig(train=TrainConfig(batch_size=rows, max_length=length, max_tokens=rows * length, steps=1))
     mixed = case.full and case.dtype == torch.bfloat16
     more = {"autocast": partial(torch.autocast, case.device.type, torch.bfloat16)} if mixed else {}
-    return Job(model, params, examples, cfg.train, case.config.lr, 0, "pad", route=route_of(cfg, adapter), adapter=adapter, **more)
+    return Job(model, params, examples, cfg.train, case.config.lr, 0, "pad", Mixture.alone(rows, rows, 0),
+               route=route_of(cfg, adapter), adapter=adapter, **more)
 
 
 def file_bytes(tensors: Iterable[tuple[str, Tensor]], metadata: dict[str, str] | None = None) -> int:

@@ -12,6 +12,8 @@ HELP = """Fine-tune a model on rows of data.
   tsugiki train --data train.json --task boolq --task-data ./dataset --eval-steps 100 --keep best --patience 5 --out runs/boolq
   tsugiki train --base ./my-model --data notes.txt --format text --method full --set method.last=2 --out runs/notes
 
+  tsugiki train --data notes.txt --replay novels.txt --replay-ratio 0.1 --source-eval novel.txt --out runs/notes
+
 The folder gets adapter/ (or model/ for full fine-tuning), metrics.jsonl, run.yaml, checkpoints/ and report.html.
 Stopped by Ctrl-C, a kill or a power cut? The same command goes on from the last checkpoint, to the same bits.
 """
@@ -22,7 +24,9 @@ KEYS = {"base": "base", "out": "out", "adapter_name": "adapter", "device": "devi
         "steps": "train.steps", "lr": "train.lr", "batch_size": "train.batch_size", "max_length": "train.max_length",
         "seed": "train.seed", "dtype": "train.dtype", "eval_steps": "train.eval_steps", "save_steps": "train.save_steps",
         "metric": "eval.metric", "task": "eval.task", "task_data": "eval.task_data", "keep": "train.keep",
-        "patience": "train.patience", "compile": "train.compile"}
+        "patience": "train.patience", "compile": "train.compile", "replay": "data.replay", "replay_ratio": "data.replay_ratio",
+        "source_eval": "data.source_eval", "streaming": "data.streaming", "forgetting": "train.forgetting",
+        "forgetting_limit": "train.forgetting_limit"}
 
 
 def add(commands) -> None:
@@ -40,11 +44,18 @@ def add(commands) -> None:
     p.add_argument("--prompt", help="for a table: the prompt as a template over its columns, as 'Review: {sentence}'")
     p.add_argument("--completion", help="for a table: the answer as a template, as ' {label}'")
     p.add_argument("--labels", metavar="V=WORD,...", help="words for a column's values, as 0=negative,1=positive")
+    p.add_argument("--replay", nargs="+", metavar="FILE", help="text like what the base was trained on, read beside the data")
+    p.add_argument("--mix", nargs="+", metavar="FILE=SHARE", help="more files, each with its share of every step's tokens")
+    p.add_argument("--source-eval", nargs="+", metavar="FILE", help="held-out text of the base's kind: shows what is forgotten")
     for flag, text in (("max-rows", "use so many rows"), ("epochs", "passes over the rows (1)"),
                        ("steps", "optimizer steps, instead of epochs"),
                        ("lr", "peak learning rate (default: the method's)"), ("batch-size", "rows of one step (16)"),
                        ("max-length", "longest row in tokens (512)"), ("seed", "everything random is drawn from it (0)"),
                        ("eval-steps", "evaluate every so many steps"), ("save-steps", "a checkpoint every so many steps"),
+                       ("replay-ratio", "share of every step's tokens from the replay files (0.1)"),
+                       ("forgetting", "when the source loss rises beyond the limit: warn (the default), stop or off"),
+                       ("forgetting-limit", "how far it may rise, relatively (0.05)"),
+                       ("streaming", "auto (the default: for large files), on or off: tokens on disk, read as they are needed"),
                        ("compile", "auto (the default: in runs so long that it pays), on or off"),
                        ("metric", "auto, exact, number, choice, contains, regex, bleu, rouge_l, perplexity or loss"),
                        ("keep", "which weights are the result: last (the default) or best, by the score"),
@@ -68,6 +79,14 @@ def labels_of(text: str | None) -> dict:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
+def mix_of(pairs: list[str]) -> dict:
+    """`["chat.jsonl=0.2"]` as a mapping."""
+    parts = [pair.rpartition("=") for pair in pairs]
+    if not all(name and share for name, _, share in parts):
+        raise UserError(f"--mix {' '.join(pairs)}: expected FILE=SHARE, as chat.jsonl=0.2")
+    return {name: share for name, _, share in parts}
+
+
 def config_of(args: argparse.Namespace):
     """The run's configuration from --config, flags and --set, later ones winning."""
     from tsugiki.config import RunConfig, assignments, build, merge, put, read_yaml
@@ -80,6 +99,8 @@ def config_of(args: argparse.Namespace):
             flags["data"][key] = flags["data"][key].replace("\\n", "\n")
     if args.labels:
         put(flags, "data.labels", labels_of(args.labels))
+    if args.mix:
+        put(flags, "data.mix", mix_of(args.mix))
     if args.trust_remote_code:
         put(flags, "trust_remote_code", True)
     values = merge(read_yaml(args.config) if args.config else {}, flags, assignments(args.set))
@@ -94,10 +115,13 @@ def run(args: argparse.Namespace) -> int:
     from tsugiki.api import train_run
     from tsugiki.cli.main import emit
     from tsugiki.cli.tables import before_after
+    from tsugiki.train.guard import told
     cfg = config_of(args)
     result = train_run(cfg, quiet=args.quiet)
     values = result.plain()
     lines = [before_after(values["before"], values["after"])] if values["after"] else []
+    if forgot := told(values["sources"], cfg.train):
+        lines.append(forgot)
     if result.progress.stopped:
         lines.append(f"stopped early: {result.progress.stopped}")
     emit(args, values, "\n".join([*lines, f"saved   {result.saved}", f"report  {result.out / 'report.html'}"]))

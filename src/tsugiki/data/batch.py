@@ -56,20 +56,26 @@ def stream_key(seed: int, *parts: object) -> int:
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     """The order of n rows in one epoch: a function of (seed, epoch) alone."""
-    generator = torch.Generator().manual_seed(stream_key(seed, "order", epoch))
-    return torch.randperm(n, generator=generator).tolist()
+    return _order(n, seed, epoch).tolist()
 
 
 def step_rows(n: int, batch_size: int, seed: int, step: int) -> list[int]:
     """The rows of optimizer step `step` (from 0), the same after any interruption."""
     per_epoch = -(-n // batch_size)
     epoch, place = divmod(step, per_epoch)
-    return list(_order(n, seed, epoch)[place * batch_size:(place + 1) * batch_size])
+    return _order(n, seed, epoch)[place * batch_size:(place + 1) * batch_size].tolist()
 
 
 @lru_cache(maxsize=2)                                   # one epoch is asked for step after step
-def _order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
-    return tuple(epoch_order(n, seed, epoch))
+def _order(n: int, seed: int, epoch: int) -> torch.Tensor:
+    """(n,) int64: eight bytes a row, since there may be many."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(stream_key(seed, "order", epoch)))
+
+
+def lengths_of(examples: Sequence[Example]) -> torch.Tensor:
+    """(N,) int64: tokens of each row, without reading rows that lie on disk."""
+    found = getattr(examples, "lengths", None)
+    return torch.tensor([len(e.ids) for e in examples]) if found is None else found
 
 
 def micro_batches(lengths: Sequence[int], rows: Sequence[int], layout: str, max_tokens: int,

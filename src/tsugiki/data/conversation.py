@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import math
 import string
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -318,7 +318,13 @@ def collect(files: str | Path | Iterable[str | Path], format: str = "auto", colu
 
 
 def _collect_file(file: str | Path, format: str, columns: Columns | None, left: int | None, out: Collected) -> None:
-    rows = read(file, out.problems)
+    out.conversations += stream(file, format, columns, out.problems, out.formats, left)
+
+
+def stream(file: str | Path, format: str, columns: Columns | None, problems: list[Problem], formats: dict[str, str],
+           left: int | None = None) -> Iterator[Conversation]:
+    """The good rows of a file (of its first `left`), one at a time; the others go to `problems`, the file's shape to `formats`."""
+    rows = read(file, problems)
     head = list(islice(rows, 20 if left is None else min(20, left)))
     if not head:
         return
@@ -332,15 +338,17 @@ def _collect_file(file: str | Path, format: str, columns: Columns | None, left: 
                 if not any(n in row.fields for row in head):
                     _get(head[0].fields, n)
     except Bad as e:
-        out.problems.append(Problem(head[0].file, head[0].line, e.field, e.reason))
+        problems.append(Problem(head[0].file, head[0].line, e.field, e.reason))
         return
-    out.formats[str(file)] = name
+    formats[str(file)] = name
     for row in islice(chain(head, rows), left):
         try:
             kind, messages = convert(row.fields)
-            out.conversations.append(Conversation(kind, tuple(messages), f"{row.file}:{row.line}"))
+            made = Conversation(kind, tuple(messages), f"{row.file}:{row.line}")
         except Bad as e:
-            out.problems.append(Problem(row.file, row.line, e.field, e.reason))
+            problems.append(Problem(row.file, row.line, e.field, e.reason))
+            continue
+        yield made
 
 
 def load_conversations(files: str | Path | Sequence[str | Path], format: str = "auto", columns: Columns | None = None,

@@ -7,7 +7,8 @@ P, and every example starts with them, so training sees exactly what generation 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jinja2
@@ -27,6 +28,9 @@ DEFAULT_TEMPLATE = (
 TRAIN_ON = ("all", "last")
 # Looked for, in this order, where a tokenizer names no eos.
 ENDS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "<end_of_turn>", "<|eot_id|>")
+# Chat tokenizers that call the end of a turn their eos: pretraining ended its texts with one of TEXT_ENDS.
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
+TEXT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 ANCHORS = ("\n", "a", ".", "\ue000", "|", " ")
 CHUNK_ROWS, CHUNK_CHARS = 1000, 4_000_000       # what one tokenizer call gets
 
@@ -93,6 +97,8 @@ class Renderer:
             raise UserError("tokenizer: no end-of-text token, and the template writes none; name one with stop")
         self._stop_text = self._stop_text or end or tokenizer.bos_token
         self.stop_id: int = tokenizer.convert_tokens_to_ids(self._stop_text)
+        ends = TEXT_ENDS if stop is None and self._stop_text in TURN_ENDS else ()
+        self.text_end: int = next((self._specials[t] for t in ends if t in self._specials), self.stop_id)    # of a `text` row
         ids = {self.stop_id, tokenizer.eos_token_id, self._specials.get(end)}
         self.stop_ids: tuple[int, ...] = tuple(sorted(i for i in ids if i is not None))
         self._ints = list(range(max([len(tokenizer), *tokenizer.get_vocab().values()]) + 1))    # one int object an id
@@ -200,7 +206,8 @@ class Renderer:
             try:
                 self._check(c)
                 texts = [m.content for m in c.messages]
-                plain = [_Turn("".join(texts[:k]), "".join(texts[k:k + 1]), self.stop_id) for k in ks if not chat]
+                last = self.text_end if c.kind == "text" else self.stop_id
+                plain = [_Turn("".join(texts[:k]), "".join(texts[k:k + 1]), last) for k in ks if not chat]
                 out.append(plain + [self._turn(c.messages, k, p, f) for k, p, f in got])
             except Bad as e:
                 out.append([])
@@ -282,21 +289,9 @@ class Renderer:
             raise UserError(f"max_length: is {max_length}; must be at least 2")
         out: list[Example] = []
         problems: list[Problem] = []
-        counts = dict.fromkeys(("cut", "dropped", "chunks", "split"), 0)
-        done = 0
-        for part in _parts(conversations):
-            for c, rows in zip(part, self._tokenise(part, problems), strict=True):
-                counts["split"] += len(rows) > 1
-                if c.kind == "text":
-                    rows = [piece for ids, trained in rows for piece in _chunks(ids, trained, max_length)]
-                    counts["chunks"] += max(len(rows) - 1, 0)
-                counts["cut"] += any(len(ids) > max_length for ids, _ in rows)
-                for ids, trained in rows:
-                    if True in trained[:max_length]:
-                        ids = list(map(self._ints.__getitem__, ids[:max_length]))
-                        out.append(Example(ids, trained[:max_length], c.where))
-                    else:
-                        counts["dropped"] += 1
+        counts, done = Counter(), 0
+        for part in parts(conversations):
+            out += self.part(part, max_length, problems, counts)
             done += len(part)
             if progress is not None:
                 progress(done, len(conversations))
@@ -305,10 +300,30 @@ class Renderer:
             raise UserError(f"max_length: {max_length} leaves no answer token in any of {len(conversations)} rows")
         return out, Report(rows=len(conversations), **counts)
 
+    def part(self, part: Sequence[Conversation], max_length: int, problems: list[Problem], counts: Counter) -> Iterator[Example]:
+        """The token rows of some conversations; problems go to the list, and what was cut is counted under Report's names."""
+        for c, rows in zip(part, self._tokenise(part, problems), strict=True):
+            counts["split"] += len(rows) > 1
+            if c.kind == "text":
+                rows = [piece for ids, trained in rows for piece in chunks(ids, trained, max_length)]
+                counts["chunks"] += max(len(rows) - 1, 0)
+            counts["cut"] += any(len(ids) > max_length for ids, _ in rows)
+            for ids, trained in rows:
+                if True in trained[:max_length]:
+                    yield Example(list(map(self._ints.__getitem__, ids[:max_length])), trained[:max_length], c.where)
+                else:
+                    counts["dropped"] += 1
+
+    def text_ids(self, piece: Conversation, first: bool) -> list[int]:
+        """Ids of a piece of a text that goes on from the end of a line, where it is not the first. Raises Bad."""
+        self._check(piece)
+        text = piece.reference
+        return self._ids([text])[0] if first else self._after("\n", text) or self._plain_ids([text])[0]
+
     def problems(self, conversations: Sequence[Conversation]) -> list[Problem]:
         """Every row that this tokenizer and template cannot render."""
         found: list[Problem] = []
-        for part in _parts(conversations):
+        for part in parts(conversations):
             self._tokenise(part, found)
         return found
 
@@ -361,16 +376,14 @@ def _joined(turns: list[tuple[int, list[int]]]) -> list[tuple[list[int], list[bo
     return out
 
 
-def _chunks(ids: list[int], trained: list[bool], size: int) -> Iterator[tuple[list[int], list[bool]]]:
-    """A text in consecutive pieces; the first token of a piece has no context, so it is not trained."""
-    ends = list(range(size, len(ids), size)) + [len(ids)]
-    if len(ends) > 1 and size > 2 and ends[-1] - ends[-2] == 1:
-        ends[-2] -= 1           # one token alone could not be trained
-    for start, end in zip([0, *ends[:-1]], ends, strict=True):
-        yield ids[start:end], [False] + trained[start + 1:end]
+def chunks(ids: list[int], trained: list[bool], size: int) -> Iterator[tuple[list[int], list[bool]]]:
+    """A text in pieces of at most `size` ids. Each begins with the last token of the one before, as context: so every token
+    of the text but its first is trained, once."""
+    for start in range(0, max(1, len(ids) - 1), size - 1):
+        yield ids[start:start + size], [False] + trained[start + 1:start + size]
 
 
-def _parts(conversations: Sequence[Conversation]) -> Iterator[list[Conversation]]:
+def parts(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
     """Slices of bounded rows and characters."""
     part, size = [], 0
     for c in conversations:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tsugiki.data.conversation import Conversation
@@ -56,18 +56,22 @@ def _keys(c: Conversation) -> tuple[bytes, bytes | None]:
     return _key(whole), _key(before) if any(m.content.strip() for m in c.messages[:-1]) else None
 
 
-def duplicates(train: Sequence[Conversation], held_out: Sequence[Conversation], shown: int = 3) -> Duplicates:
-    """Held-out rows whose conversation, or at least prompt, is in train; a few of them as "file:line = file:line"."""
+def duplicates(train: Iterable[Conversation], held_out: Sequence[Conversation], shown: int = 3) -> Duplicates:
+    """Held-out rows whose conversation, or at least prompt, is in train; a few of them as "file:line = file:line".
+
+    Of train, which is read once, only what is held out too is remembered."""
+    held = [_keys(c) for c in held_out]
+    known = {key for pair in held for key in pair}
     wholes: dict[bytes, str] = {}
     prompts: dict[bytes, str] = {}
     for c in train:
         whole, prompt = _keys(c)
-        wholes.setdefault(whole, c.where)
-        if prompt is not None:
+        if whole in known:
+            wholes.setdefault(whole, c.where)
+        if prompt is not None and prompt in known:
             prompts.setdefault(prompt, c.where)
     exact, same, examples = 0, 0, []
-    for c in held_out:
-        whole, prompt = _keys(c)
+    for c, (whole, prompt) in zip(held_out, held, strict=True):
         if whole in wholes:
             exact += 1
             examples.append(f"{c.where} = {wholes[whole]}")

@@ -13,7 +13,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from tsugiki.config import TrainConfig
-from tsugiki.data.batch import Batch, collate
+from tsugiki.data.batch import Batch, collate, lengths_of
 from tsugiki.data.render import Example
 from tsugiki.kernels.head import LOGITS
 from tsugiki.memory import available, out_of_memory
@@ -47,7 +47,7 @@ def measured(model: nn.Module, examples: Sequence[Example], cfg: TrainConfig, la
     if cfg.max_tokens and cfg.checkpointing == "off":
         return Fit(cfg.forward_tokens)
     weights, device = list(model.parameters()), model.get_input_embeddings().weight.device
-    longest = max(len(e.ids) for e in examples)
+    longest = int(lengths_of(examples).max())
     many = min(PROBE, longest)
     few, many = _probe(examples, max(1, many // 2)), _probe(examples, many)
     try:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from tsugiki.config import TrainConfig
-from tsugiki.data.batch import micro_batches, step_rows
+from tsugiki.data.batch import micro_batches
+from tsugiki.data.mixture import Mixture
 from tsugiki.data.render import Example
 from tsugiki.errors import UserError
 from tsugiki.kernels.attention import active, by_document
@@ -20,7 +21,8 @@ WASTE = 0.3
 
 
 @contextmanager
-def arranged(model: nn.Module, examples: Sequence[Example], cfg: TrainConfig, virtual: bool) -> Iterator[str]:
+def arranged(model: nn.Module, examples: Sequence[Example], cfg: TrainConfig, virtual: bool,
+             mixture: Mixture | None = None) -> Iterator[str]:
     """The layout of a run. Inside, the model's attention goes by document, where a probe shows that it does what it did.
 
     Raises UserError when packing is asked for where it would not be exact.
@@ -34,7 +36,7 @@ def arranged(model: nn.Module, examples: Sequence[Example], cfg: TrainConfig, vi
         if pad or virtual and not pack:
             yield "pad"
         elif not virtual and packs(model):
-            yield "pack" if pack or fast or _waste(examples, cfg) > WASTE else "pad"
+            yield "pack" if pack or fast or _waste(examples, cfg, mixture) > WASTE else "pad"
         elif pack:
             why = "the method adds virtual tokens to each row" if virtual else "this model does not isolate packed documents"
             raise UserError(f"train.layout: pack is not exact here ({why}); use pad or auto")
@@ -95,11 +97,12 @@ def _logits(model: nn.Module, ids: torch.Tensor, **more: torch.Tensor) -> torch.
         model.train(was_training)
 
 
-def _waste(examples: Sequence[Example], cfg: TrainConfig) -> float:
+def _waste(examples: Sequence[Example], cfg: TrainConfig, mixture: Mixture | None) -> float:
     """Share of the tokens that would be padding, in the first steps."""
     real = area = 0
+    mixture = mixture or Mixture.alone(len(examples), cfg.batch_size, cfg.seed)
     for step in range(8):
-        rows = step_rows(len(examples), cfg.batch_size, cfg.seed, step)
+        rows = mixture.rows(step)
         lengths = {i: len(examples[i].ids) for i in rows}
         for forward in micro_batches(lengths, rows, "pad", cfg.forward_tokens):
             real += sum(lengths[row[0]] for row in forward)

@@ -16,13 +16,15 @@ from torch import nn
 
 from tsugiki.adapters import Adapter
 from tsugiki.config import TrainConfig
-from tsugiki.data.batch import FORWARD_OVERHEAD, Batch, collate, micro_batches, step_rows
+from tsugiki.data.batch import FORWARD_OVERHEAD, Batch, collate, micro_batches
+from tsugiki.data.mixture import Mixture
 from tsugiki.data.render import Example
 from tsugiki.errors import RunError, UserError
 from tsugiki.evaluate.score import Score
 from tsugiki.memory import out_of_memory
 from tsugiki.train import checkpoint as checkpoints
 from tsugiki.train.compiled import Layers
+from tsugiki.train.guard import Guard
 from tsugiki.train.log import Bar, MetricsFile
 from tsugiki.train.optim import adamw, schedule
 from tsugiki.train.step import StepResult, train_step
@@ -47,8 +49,10 @@ class Job:
     lr: float
     pad_id: int
     layout: str
+    mixture: Mixture
     route: Callable[[Batch, int], dict] = lambda batch, step: {}
     evaluate: Callable[[], Score] | None = None
+    watched: dict[str, Callable[[], Score]] = field(default_factory=dict)    # losses on held-out text of each source
     untrained: Callable[[], AbstractContextManager] = nullcontext
     autocast: Callable[[], AbstractContextManager] = nullcontext
     adapter: Adapter | None = None                    # its method may scale rates, add a penalty, and act after each step
@@ -62,7 +66,7 @@ class Job:
 
     @property
     def steps(self) -> int:
-        return self.cfg.steps or max(1, math.ceil(self.cfg.epochs * math.ceil(len(self.examples) / self.cfg.batch_size)))
+        return self.cfg.steps or max(1, math.ceil(self.cfg.epochs * self.mixture.pace))
 
 
 @dataclass
@@ -79,6 +83,9 @@ class Progress:
     max_tokens: int = 0                               # of one forward; less than at the start once memory ran out
     before: dict = field(default_factory=dict)
     after: dict = field(default_factory=dict)
+    sources_before: dict = field(default_factory=dict)
+    sources_after: dict = field(default_factory=dict)
+    warned: bool = False                              # that the source loss is beyond its limit
     samples: list = field(default_factory=list)
 
 
@@ -95,16 +102,13 @@ def fit(job: Job, out: Path, *, quiet: bool = False, say: Callable[[str], None] 
         with job.untrained():
             if samples:
                 progress.samples = samples()
-            if job.evaluate:
-                run.score()
-                progress.before, progress.after = progress.after, {}
-                progress.best, run.best = None, {}      # that was the base's score, not that of the parameters at hand
+            run.score_before()
     saved_at = time.monotonic()
     with _signals() as caught, Bar("train", job.steps, progress.step, quiet) as bar:
         while progress.step < job.steps and not progress.stopped:
             run.step(bar)
             last = progress.step == job.steps
-            if job.evaluate and (last or cfg.eval_steps and progress.step % cfg.eval_steps == 0):
+            if last or cfg.eval_steps and progress.step % cfg.eval_steps == 0:
                 run.score()
             due = progress.step % cfg.save_steps == 0 if cfg.save_steps else time.monotonic() - saved_at > 60
             if due or last or caught or progress.stopped:
@@ -137,6 +141,7 @@ class Steps:
             say(f"going on from step {self.progress.step} of {job.steps}" if unfinished
                 else f"this run is finished ({self.progress.step} steps); nothing is trained again")
         self.stepped = False
+        self.guard = Guard(job.cfg, self.progress)
         self.metrics = MetricsFile(out / "metrics.jsonl", self.progress.offset)
 
     def save(self) -> None:
@@ -144,15 +149,51 @@ class Steps:
         checkpoints.save(self.root, self.progress.step, self.job.params, self.optimizer, vars(self.progress),
                          self.job.cfg.save_keep, self.best, self.buffers)
 
+    def _look(self) -> Score | None:
+        """Every score there is, as the model is now."""
+        progress, result = self.progress, self.job.evaluate() if self.job.evaluate else None
+        progress.after = result.plain() if result else {}
+        progress.sources_after = {name: score().plain() for name, score in self.job.watched.items()}
+        return result
+
+    def _write(self) -> None:
+        progress = self.progress
+        found = {"eval": progress.after, "eval_sources": progress.sources_after}
+        if any(found.values()):
+            self.metrics.write(step=progress.step, **{k: v for k, v in found.items() if v})
+
+    def score_before(self) -> None:
+        """Evaluate the model as it was before any training, whose score is not that of the parameters at hand."""
+        self._look()
+        self._write()
+        progress = self.progress
+        progress.before, progress.after = progress.after, {}
+        progress.sources_before, progress.sources_after = progress.sources_after, {}
+        if self.guard.stops:                          # these are within the limit, whatever comes
+            self._remember()
+
+    def _remember(self) -> None:
+        self.best = {n: p.detach().clone() for n, p in self.job.tensors.items()}
+
     def score(self) -> None:
-        """Evaluate; remember the best parameters if they are asked for, and stop when patience is out."""
-        cfg, progress, result = self.job.cfg, self.progress, self.job.evaluate()
-        progress.after = result.plain()
-        self.metrics.write(step=progress.step, eval=progress.after)
+        """Evaluate; remember the best parameters if they are asked for, stop when patience is out or too much is forgotten."""
+        cfg, progress, result = self.job.cfg, self.progress, self._look()
+        self._write()
+        self.guard.look(self.say)
+        if progress.stopped:                          # what was remembered is within the limit
+            return
+        best = cfg.keep == "best" or bool(cfg.patience)
+        if self.guard.stops and not best:
+            progress.best_step = progress.step
+            self._remember()
+        if result is None:
+            return
         if progress.best is None or result.better_than(progress.best):
-            progress.best, progress.best_step, progress.stale = result.value, progress.step, 0
-            if cfg.keep == "best" or cfg.patience:
-                self.best = {n: p.detach().clone() for n, p in self.job.tensors.items()}
+            progress.best, progress.stale = result.value, 0
+            if best or not self.guard.stops:
+                progress.best_step = progress.step
+            if best:
+                self._remember()
             return
         progress.stale += 1
         if cfg.patience and progress.stale >= cfg.patience:
@@ -166,7 +207,7 @@ class Steps:
         for name, p in self.job.tensors.items():
             p.copy_(self.best[name])
         if self.progress.best_step != self.progress.step:
-            self.progress.after = self.job.evaluate().plain()
+            self._look()
 
     def step(self, bar: Bar) -> None:
         """Rows -> micro-batches -> update -> log. Nothing here depends on what happened before but the parameters."""
@@ -193,23 +234,32 @@ class Steps:
         if progress.step % cfg.log_steps == 0 or progress.step in (1, job.steps):
             self.metrics.write(step=progress.step, loss=result.loss, lr=lr, norm=result.norm, supervised=result.supervised,
                                tokens=progress.tokens, tokens_per_second=round(result.tokens / took, 1),
-                               seconds=round(progress.seconds, 3))
+                               seconds=round(progress.seconds, 3), **self._by_source(result))
         if not self.stepped:
             self.stepped = True
             self.say(f"first step after {took:.1f} s")
         bar.update(progress.step, f"loss {result.loss:.3f}  {progress.tokens / max(progress.seconds, 1e-9):,.0f} tok/s")
 
+    def _by_source(self, result: StepResult) -> dict:
+        """Of each of several sources: its loss in this step, and its tokens so far."""
+        mixture = self.job.mixture
+        if not mixture.mixed:
+            return {}
+        tokens = mixture.tokens(self.progress.step)
+        return {"sources": {s.name: {"loss": total / count if count else None, "supervised": count, "tokens": n}
+                            for s, (total, count), n in zip(mixture.sources, result.sources, tokens, strict=True)}}
 
     def _update(self, step: int) -> StepResult:
         """One optimizer step, of the rows that (seed, step) give."""
         job, cfg, adapter = self.job, self.job.cfg, self.job.adapter
-        rows = step_rows(len(job.examples), cfg.batch_size, cfg.seed, step)
+        rows = job.mixture.rows(step)
+        of = {"source_of": job.mixture.source_of, "sources": len(job.mixture.sources)} if job.mixture.mixed else {}
         cuts = micro_batches({i: len(job.examples[i].ids) for i in rows}, rows, job.layout, self.progress.max_tokens,
                              job.overhead)
         device = next(iter(job.params.values())).device
         return train_step(job.model, [collate(job.examples, cut, job.pad_id).to(device) for cut in cuts], job.params,
                           self.optimizer, clip=cfg.clip, step=step + 1,
-                          where=lambda i: job.examples[i].where, route=lambda b: job.route(b, step), autocast=job.autocast,
+                          where=lambda i: job.examples[i].where, route=lambda b: job.route(b, step), autocast=job.autocast, **of,
                           penalty=(lambda: adapter.cfg.penalty(adapter)) if adapter else lambda: None,
                           after=(lambda: adapter.cfg.after_step(adapter, step + 1, job.steps)) if adapter else lambda: None)
 
@@ -217,8 +267,7 @@ class Steps:
         """What to do before the step is taken again, or None. Nothing was updated: its gradients are thrown away."""
         job, progress, step = self.job, self.progress, self.progress.step
         if out_of_memory(error):
-            rows = step_rows(len(job.examples), job.cfg.batch_size, job.cfg.seed, step)
-            longest = max(len(job.examples[i].ids) for i in rows)
+            longest = max(len(job.examples[i].ids) for i in job.mixture.rows(step))
             if progress.max_tokens <= longest:
                 hint = "" if job.cfg.checkpointing in ("on", "offload") else " or set train.checkpointing to on"
                 raise RunError(f"step {step + 1}: there is no memory for a row of {longest} tokens alone; shorten train.max_length"

@@ -5,15 +5,17 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jinja2
 
 from tsugiki.train.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, as_float, chart, short
+from tsugiki.train.scoring import SCORES
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 LOSSES = ("train loss", "held-out loss")             # drawn in one chart; every other curve has its own
+CURVES = {"loss": "train loss", "lr": "learning rate", "norm": "gradient norm", "tokens_per_second": "tokens/s"}
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -40,8 +42,13 @@ def render(run: Mapping) -> str:
                                      lstrip_blocks=True, finalize=printable)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     curves = run.get("curves") or {}
-    groups = {"Loss": {name: curves[name] for name in LOSSES if name in curves}}
-    groups |= {name[:1].upper() + name[1:]: {name: points} for name, points in curves.items() if name not in LOSSES}
+    groups: dict[str, dict] = {"Loss": {name: curves[name] for name in LOSSES if name in curves}}
+    for name, points in curves.items():
+        kind, _, source = name.partition(" on ")
+        if kind in LOSSES and source:                 # of one source of several
+            groups.setdefault(f"Loss on {source}", {})[kind] = points
+        elif name not in LOSSES:
+            groups[name[:1].upper() + name[1:]] = {name: points}
     charts = [made for made in (chart(title, series) for title, series in groups.items()) if made]
     return template.render(
         title=run.get("title") or "Training run", charts=charts,
@@ -52,6 +59,31 @@ def render(run: Mapping) -> str:
         config=[(key, exact(value)) for key, value in flat(run.get("config") or {})],
         environment=[(key, exact(value)) for key, value in flat(run.get("environment") or {})],
         frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM})
+
+
+def curves_of(lines: Iterable[Mapping], scores: Mapping[str, str]) -> dict[str, list[tuple[float, float]]]:
+    """The curves of metrics.jsonl's lines; those of a source of several are named "train loss on NAME".
+
+    scores: key of an evaluation -> its curve's name; other keys are not drawn.
+    """
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        found = [(name, line[key]) for key, name in CURVES.items() if key in line]
+        found += [(f"train loss on {name}", s["loss"]) for name, s in line.get("sources", {}).items() if s["supervised"]]
+        found += [(scores[key], value) for key, value in line.get("eval", {}).items() if key in scores]
+        found += [(f"held-out loss on {name}", s["loss"]) for name, s in line.get("eval_sources", {}).items()]
+        for name, value in found:
+            curves.setdefault(name, []).append((line["step"], value))
+    return curves
+
+
+def table_of(before: Mapping, after: Mapping, sources_before: Mapping, sources_after: Mapping) -> dict:
+    """Scores before and after, of the data and of each source whose held-out text was watched."""
+    table = {key: {"before": before.get(key), "after": after.get(key), "n": after.get("n"),
+                   "interval": after.get("interval") if key == after.get("metric") else None}
+             for key in SCORES if key in after}
+    return table | {f"{key} on {name}": {"before": sources_before[name][key], "after": s[key], "n": s["n"]}
+                    for name, s in sources_after.items() for key in ("loss", "perplexity")}
 
 
 def printable(value):

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -19,10 +18,12 @@ from torch import nn
 
 from tsugiki import formats
 from tsugiki.adapters import attach
-from tsugiki.config import RunConfig, TrainConfig
+from tsugiki.config import DataConfig, RunConfig, TrainConfig, merge
 from tsugiki.data import Columns, Conversation, Renderer, duplicates, load_conversations, split
-from tsugiki.data.batch import FORWARD_OVERHEAD, Batch, collate, step_rows, stream_key
+from tsugiki.data.batch import FORWARD_OVERHEAD, Batch, collate, lengths_of, stream_key
+from tsugiki.data.mixture import Mixture
 from tsugiki.data.render import Example
+from tsugiki.data.stream import Files
 from tsugiki.edit import Config
 from tsugiki.errors import UserError
 from tsugiki.evaluate.answers import generate_answers, room
@@ -41,24 +42,31 @@ from tsugiki.train.layout import arranged, largest_tensor
 from tsugiki.train.log import MetricsFile, console
 from tsugiki.train.loop import Job, Progress, fit
 from tsugiki.train.loss import token_losses
-from tsugiki.train.report import write_report
+from tsugiki.train.report import curves_of, table_of, write_report
+from tsugiki.train.sources import TOKENS, Sources, digest, read_sources, said, streams, tokenised
 from tsugiki.weights import few_bits, numel
 
 # Keys that may differ between a run and its resumption: they change what is kept or shown, never the weights; the files'
 # contents are compared, not their names.
-INERT = ("out", "device", "data.files", "data.eval", "data.template", "eval.task_data", "train.log_steps", "train.save_steps",
-         "train.save_keep")
+INERT = ("out", "device", "data.files", "data.eval", "data.template", "data.replay", "data.source_eval", "eval.task_data",
+         "train.log_steps", "train.save_steps", "train.save_keep")
 TEMPORARY = "run.yaml.tmp"                            # left by a kill in the run's first moments
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The conversations of a run: what is trained on and what is held out."""
-    train: list[Conversation]
+    """The conversations of a run: what is trained on and what is held out. Large files are named, not read (Files)."""
+    train: list[Conversation] | Files
     held_out: list[Conversation]
     fingerprint: str
     template: str | None = None                       # text of data.template
-    task: Task | None = None                    # what is scored beside or instead of held-out rows
+    sources: Sources = Sources()                      # what is mixed in, and held-out text of it
+    task: Task | None = None                          # what is scored beside or instead of held-out rows
+
+    @property
+    def kind(self) -> str:
+        """Of the first row."""
+        return next(iter(self.train)).kind
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,8 @@ class Result:
         return {"out": str(self.out), "saved": str(self.saved), "steps": self.progress.step, "tokens": self.progress.tokens,
                 "seconds": round(self.progress.seconds, 1), "trainable": self.trainable, "total": self.total,
                 "before": self.progress.before, "after": self.progress.after, "stopped": self.progress.stopped,
+                "sources": {name: {"before": self.progress.sources_before[name], "after": after}
+                            for name, after in self.progress.sources_after.items()},
                 "report": str(self.out / "report.html")}
 
 
@@ -93,7 +103,8 @@ def read_rows(cfg: RunConfig, say: Callable[[str], None]) -> Rows:
     if not cfg.data.files:
         raise UserError("data.files: no training data; give --data FILE")
     columns, data, template = columns_of(cfg), cfg.data, _template(cfg.data.template)
-    rows = load_conversations(data.files, data.format, columns)
+    large = streams(data)
+    rows = Files(tuple(data.files), data.format, columns) if large else load_conversations(data.files, data.format, columns)
     if data.max_rows and data.max_rows < len(rows):
         generator = torch.Generator().manual_seed(stream_key(cfg.train.seed, "max_rows"))
         rows = [rows[i] for i in sorted(torch.randperm(len(rows), generator=generator)[:data.max_rows].tolist())]
@@ -103,15 +114,18 @@ def read_rows(cfg: RunConfig, say: Callable[[str], None]) -> Rows:
         train, held = split(rows, data.holdout, cfg.train.seed)
     else:
         train, held = rows, []
-    say(f"{len(train):,} rows to train on" + (f", {len(held):,} held out" if held else ", none held out"))
+    count = f"{', '.join(data.files)} read as it is needed" if large else f"{len(train):,} rows to train on"
+    say(count + (f", {len(held):,} held out" if held else ", none held out"))
+    sources = read_sources(cfg, say)
     if held and (both := duplicates(train, held)):
         say(f"the held-out score is too good: {both}")
     task = scoring.task_of(cfg, train, say)
-    said = [f"{c.kind}{[(m.role, m.content) if m.trained else (m.role, m.content, 0) for m in c.messages]}"
-            for c in (*train, *held)]
     asked = [f"{i.conversation.messages}{i.gold}{i.options}" for i in (task.items if task else ())]
-    text = "\0".join([*said, *([template] if template else []), *asked])
-    return Rows(train, held, hashlib.sha256(f"{len(train)}\0{text}".encode("utf-8", "surrogatepass")).hexdigest(), template, task)
+    shown = [digest(train)] if large else list(map(said, train))
+    text = "\0".join([*shown, *map(said, held), *filter(None, (template, sources.digest())), *asked])
+    count = len(shown)
+    fingerprint = hashlib.sha256(f"{count}\0{text}".encode("utf-8", "surrogatepass")).hexdigest()
+    return Rows(train, held, fingerprint, template, sources, task)
 
 
 def _template(path: str | None) -> str | None:
@@ -125,7 +139,8 @@ def check_folder(out: Path, cfg: RunConfig, fingerprint: str) -> bool:
     """Whether `out` holds this very run already; UserError when it holds another (naming the first difference) or other things."""
     path = out / "run.yaml"
     if not path.exists():
-        if out.exists() and (not out.is_dir() or any(p.name != TEMPORARY for p in out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(p.name not in (TEMPORARY, TOKENS) and not p.name.startswith(f".{TOKENS}-")
+                                                     for p in out.iterdir())):
             raise UserError(f"{out}: is not empty and holds no run; choose another --out")
         return False
     try:
@@ -134,7 +149,8 @@ def check_folder(out: Path, cfg: RunConfig, fingerprint: str) -> bool:
         old = None
     if not isinstance(old, dict):
         raise UserError(f"{path}: is damaged, so what this run was is not known; choose another --out or delete the folder")
-    for key, was, now in _differences(old, dataclasses.asdict(cfg) | {"data_sha256": fingerprint}):
+    defaults = {"data": dataclasses.asdict(DataConfig()), "train": dataclasses.asdict(TrainConfig())}    # of keys that are new
+    for key, was, now in _differences(merge(defaults, old), dataclasses.asdict(cfg) | {"data_sha256": fingerprint}):
         if key not in INERT:
             what = "the rows are others than there" if key == "data_sha256" else f"{key} is {was!r} there, {now!r} here"
             raise UserError(f"{out}: holds another run ({what}); choose another --out or delete it")
@@ -174,24 +190,26 @@ def run(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, *, quiet: bool 
     full = adapter is None
     limit = min(train.max_length, room(model) or train.max_length)
     renderer = Renderer(tokenizer, template=rows.template, train_on=cfg.data.train_on, stop=cfg.data.stop)
-    examples, report = renderer.examples(rows.train, limit)
+    examples, report, mixture = tokenised(renderer, rows.train, rows.sources, limit, cfg, rows.fingerprint, say)
     _say_report(report, limit, say)
     if largest_tensor(model, examples, train) >= MAPPED:
         keep_freed_memory()
     if adapter is not None:
-        method.prepare(adapter, partial(look, model, examples, train, pad_id(tokenizer), cfg.adapter))
+        method.prepare(adapter, partial(look, model, examples, train, pad_id(tokenizer), cfg.adapter, mixture=mixture))
         params = adapter.parameters()                 # a start made from data may have changed their shapes
     freeze_but(model, params)
-    score = scoring.scored_by(model, renderer, rows.held_out, rows.task, cfg.eval, pad_id(tokenizer), limit)
+    how = (cfg.eval, pad_id(tokenizer), limit)
     with ExitStack() as stack:
-        job, fit_ = _prepare(stack, model, tokenizer, cfg, method, params, adapter, examples, score, say)
+        job, fit_ = _prepare(stack, model, tokenizer, cfg, method, params, adapter, examples, mixture, say)
+        job = dataclasses.replace(job, evaluate=scoring.scored_by(model, renderer, rows.held_out, rows.task, *how),
+                                  watched=scoring.losses(model, renderer, rows.sources.watched, *how))
         trainable, total = sum(p.numel() for p in params.values()), _count(model, params, full)
         _say_start(job, fit_, model, method, trainable, total, say)
         picked, longest = scoring.samples(model, renderer, rows.held_out, rows.task, cfg.eval)
         answers = partial(generate_answers, model, renderer, picked, longest, 8, pad_id(tokenizer))
         claim(out, cfg, rows.fingerprint)             # from here on the folder is this run's
         progress = fit(job, out, quiet=quiet, say=say, samples=(lambda: [{"before": a} for a in answers()]) if picked else None)
-        saved = _save(model, tokenizer, adapter, cfg, renderer, rows.train[0].kind)
+        saved = _save(model, tokenizer, adapter, cfg, renderer, rows.kind)
         shown = [s | {"prompt": c.prompt_text, "expected": c.reference, "after": a}
                  for s, c, a in zip(progress.samples, picked, answers() if picked else [], strict=False)]
     result = Result(out, saved, progress, job.steps, trainable, total)
@@ -199,15 +217,15 @@ def run(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, *, quiet: bool 
     return result
 
 
-def _prepare(stack: ExitStack, model: nn.Module, tokenizer, cfg: RunConfig, method, params: dict, adapter, examples, score,
-             say: Callable[[str], None]) -> tuple[Job, Fit]:
+def _prepare(stack: ExitStack, model: nn.Module, tokenizer, cfg: RunConfig, method, params: dict, adapter, examples,
+             mixture: Mixture, say: Callable[[str], None]) -> tuple[Job, Fit]:
     """The job, and how its forwards fit into memory; what is changed about the model for it is undone when `stack` closes."""
     train, full, pad = cfg.train, adapter is None, pad_id(tokenizer)
     device = next(iter(params.values())).device
     mixed = full and compute_dtype(train.dtype, device) == torch.bfloat16
     autocast = partial(torch.autocast, device.type, torch.bfloat16) if mixed else nullcontext
     route, layers = route_of(cfg, adapter), _layers(model)
-    layout = stack.enter_context(arranged(model, examples, train, virtual=bool(adapter and adapter.virtual)))
+    layout = stack.enter_context(arranged(model, examples, train, bool(adapter and adapter.virtual), mixture))
 
     def losses(batch: Batch) -> torch.Tensor:
         with autocast():
@@ -215,13 +233,14 @@ def _prepare(stack: ExitStack, model: nn.Module, tokenizer, cfg: RunConfig, meth
     trained = sum(p.numel() for p in params.values())
     fit_ = measured(model, examples, train, len(layers), trained, losses)
     stack.enter_context(made_again(layers, fit_.again, fit_.offload))
-    steps = train.steps or train.epochs * math.ceil(len(examples) / train.batch_size)
-    work = steps * train.batch_size * sum(len(e.ids) for e in examples) / len(examples)
+    steps = train.steps or train.epochs * mixture.pace
+    first = lengths_of(examples)[:mixture.sources[0].count]
+    work = steps * train.batch_size * int(first.sum()) / len(first) / (1 - float(sum(s.share for s in mixture.sources)))
     work *= (6 if full else 4) * sum(p.numel() for layer in layers for p in layer.parameters())
     wish = "off" if train.compile == "auto" and fit_.again else train.compile
     compiled = stack.enter_context(compiling(layers, wish, work, device, say))
     return Job(model, params, examples, dataclasses.replace(train, max_tokens=fit_.tokens),
-               method.rate(width(model)) if train.lr is None else train.lr, pad, layout, route=route, evaluate=score,
+               method.rate(width(model)) if train.lr is None else train.lr, pad, layout, mixture, route=route,
                untrained=nullcontext if full else partial(attach(model).use, None), adapter=adapter, autocast=autocast,
                overhead=overhead(layers, device) if layers else FORWARD_OVERHEAD, layers=compiled), fit_
 
@@ -263,10 +282,12 @@ def _say_report(report, limit: int, say: Callable[[str], None]) -> None:
 
 
 @torch.no_grad()
-def look(model: nn.Module, examples: Sequence[Example], train: TrainConfig, pad: int, adapter: str, batches: int = 8) -> None:
+def look(model: nn.Module, examples: Sequence[Example], train: TrainConfig, pad: int, adapter: str, batches: int = 8,
+         mixture: Mixture | None = None) -> None:
     """The model's forward over the rows of the first steps, for a method that starts from data."""
-    for step in range(min(batches, math.ceil(len(examples) / train.batch_size))):
-        rows = step_rows(len(examples), train.batch_size, train.seed, step)
+    mixture = mixture or Mixture.alone(len(examples), train.batch_size, train.seed)
+    for step in range(min(batches, mixture.pace)):
+        rows = mixture.rows(step)
         batch = collate(examples, [[i] for i in rows], pad).to(next(model.parameters()).device)
         model(input_ids=batch.ids, attention_mask=(batch.samples >= 0).long(), use_cache=False, adapter_ids=adapter)
 
@@ -323,20 +344,9 @@ def _save(model, tokenizer, adapter, cfg: RunConfig, renderer: Renderer, kind: s
 
 
 def _report(result: Result, cfg: RunConfig, params: dict[str, nn.Parameter], samples: Sequence[dict], method: str) -> dict:
-    progress, curves = result.progress, {}
-    shown = scoring.curve_names(cfg.eval)
-    names = {"loss": "train loss", "lr": "learning rate", "norm": "gradient norm", "tokens_per_second": "tokens/s"}
-    for line in MetricsFile(result.out / "metrics.jsonl", progress.offset).read():
-        for key, name in names.items():
-            if key in line:
-                curves.setdefault(name, []).append((line["step"], line[key]))
-        for key, value in line.get("eval", {}).items():
-            if key in shown:
-                curves.setdefault(shown[key], []).append((line["step"], value))
-    before, after = progress.before, progress.after
-    table = {key: {"before": before.get(key), "after": after.get(key), "n": after.get("n"),
-                   "interval": after.get("interval") if key == after.get("metric") else None}
-             for key in scoring.SCORES if key in after}
+    progress = result.progress
+    curves = curves_of(MetricsFile(result.out / "metrics.jsonl", progress.offset).read(), scoring.curve_names(cfg.eval))
+    table = table_of(progress.before, progress.after, progress.sources_before, progress.sources_after)
     return {"title": f"{method} on {cfg.base}", "config": dataclasses.asdict(cfg), "curves": curves, "samples": list(samples),
             "before_after": table,
             "summary": ({"task": cfg.eval.task} if cfg.eval.task else {}) | (

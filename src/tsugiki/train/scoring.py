@@ -1,7 +1,7 @@
 """What a run is scored by as it trains: a task, held-out rows, or both; the same for before, after and every train.eval_steps."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -21,7 +21,7 @@ def task_of(cfg: RunConfig, train: Sequence[Conversation], say: Callable[[str], 
     """The task of eval.task, asked in the shape of the training rows; says what training holds of it."""
     if cfg.eval.task is None:
         return None
-    task = tasks.load(cfg.eval.task, cfg.eval.task_data, cfg.eval.max_rows, chat=train[0].kind == "chat")
+    task = tasks.load(cfg.eval.task, cfg.eval.task_data, cfg.eval.max_rows, chat=next(iter(train)).kind == "chat")
     say(f"task {task.name}: {len(task.items):,} rows, metric {tasks.scoring(task, cfg.eval).metric}")
     if both := overlap(train, task.items):
         say(f"task {task.name}: its score may be too good: {both}")
@@ -43,6 +43,13 @@ def scored_by(model: nn.Module, renderer: Renderer, held_out: Sequence[Conversat
             return found
         return replace(found, also=found.also | {"held_out_loss": held(replace(cfg, metric="loss")).loss})
     return score
+
+
+def losses(model: nn.Module, renderer: Renderer, held: Mapping[str, Sequence[Conversation]], cfg: EvalConfig, pad: int,
+           limit: int) -> dict[str, Callable[[], Score]]:
+    """The loss on held-out text of each source, by its name."""
+    how = replace(cfg, metric="loss")
+    return {name: partial(evaluate, model, renderer, rows, how, pad, limit) for name, rows in held.items()}
 
 
 def samples(model: nn.Module, renderer: Renderer, held_out: list[Conversation], task: tasks.Task | None,

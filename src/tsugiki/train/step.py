@@ -16,22 +16,25 @@ from tsugiki.train.optim import grad_norm
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step measured: mean loss (nats) over `supervised` tokens, norm of the gradient before clipping."""
+    """What one step measured: mean loss (nats) over `supervised` tokens, norm of the gradient before clipping; of each source
+    the sum of its losses and the number of its supervised tokens."""
     loss: float
     supervised: int
     tokens: int
     norm: float
+    sources: tuple[tuple[float, int], ...] = ()
 
 
 def train_step(model: nn.Module, batches: Sequence[Batch], params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
                *, clip: float, step: int, where: Callable[[int], str],
                route: Callable[[Batch], dict] = lambda batch: {},
                autocast: Callable[[], AbstractContextManager] = nullcontext,
-               penalty: Callable[[], torch.Tensor | None] = lambda: None, after: Callable[[], None] = lambda: None) -> StepResult:
+               penalty: Callable[[], torch.Tensor | None] = lambda: None, after: Callable[[], None] = lambda: None,
+               source_of: Callable[[torch.Tensor], torch.Tensor] | None = None, sources: int = 0) -> StepResult:
     """One update from all micro-batches: loss = sum over supervised tokens / their count over the WHOLE step.
 
     penalty: a term of the method's own, once a step, not part of the loss reported; after: called when the update is done,
-    with the gradients still there.
+    with the gradients still there. source_of: which of the `sources` each row is of; None where there is one.
 
     No micro-batch divides by its own count, so every way of cutting a step gives the same gradient.
     Raises RunError before the update when a loss or gradient is not finite, naming the step and the rows.
@@ -39,7 +42,7 @@ def train_step(model: nn.Module, batches: Sequence[Batch], params: dict[str, nn.
     count = sum(batch.supervised for batch in batches)
     if not count:
         raise RunError(f"step {step}: no token of {_names(_rows(batches), where)} is trained, so there is nothing to learn from")
-    total = 0.0
+    total, sums, counts = 0.0, [0.0] * sources, [0] * sources
     for batch in batches:
         if not batch.supervised:
             continue
@@ -53,6 +56,11 @@ def train_step(model: nn.Module, batches: Sequence[Batch], params: dict[str, nn.
                            "nothing was updated, the last checkpoint is good")
         (part / count).backward()
         total += float(part.detach())
+        if source_of is not None:
+            kinds = source_of(rows)
+            for n in range(sources):
+                sums[n] += float(losses.detach()[kinds == n].double().sum())
+                counts[n] += int((kinds == n).sum())
     if (extra := penalty()) is not None:
         extra.backward()
     norm = grad_norm(params.values())
@@ -76,7 +84,7 @@ def train_step(model: nn.Module, batches: Sequence[Batch], params: dict[str, nn.
         raise RunError(f"step {step}: the update failed ({next(iter(str(e).splitlines()), type(e).__name__)[:200]}); "
                        "the last checkpoint is good") from e
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(total / count, count, sum(b.tokens for b in batches), float(norm))
+    return StepResult(total / count, count, sum(b.tokens for b in batches), float(norm), tuple(zip(sums, counts, strict=True)))
 
 
 def _rows(batches: Sequence[Batch]) -> list[int]:
