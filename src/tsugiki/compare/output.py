@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import os
 import platform
 from collections.abc import Mapping
@@ -12,13 +11,12 @@ from pathlib import Path
 import torch
 import transformers
 
-from tsugiki.compare.page import render
+from tsugiki.compare.page import digits, render
 from tsugiki.compare.rows import Parts
 from tsugiki.compare.stats import METHOD
 from tsugiki.compare.store import Store
 from tsugiki.compare.study import Study
 from tsugiki.compare.table import DataTable, Row, Table
-from tsugiki.train.chart import short
 
 
 def write_all(store: Store, table: Table, study: Study, parts: Mapping[str, Parts]) -> None:
@@ -129,13 +127,6 @@ def cells(row: Row, forgot: bool) -> list[str]:
             *([f"{row.forgetting.value:+.3f}" if row.forgetting else ""] if forgot else []),
             f"{row.seeds}" + (f", {len(row.failed)} failed" if row.failed else ""),
             f"{row.measured['seconds']:.3g}", f"{row.measured['memory_bytes'] / 2**20:,.0f}"]
-
-
-def digits(value: float | None) -> str:
-    """Three decimals for a score, four digits for anything larger."""
-    if value is None or math.isnan(value):
-        return "–"
-    return f"{value:.3f}" if abs(value) < 10 else short(value)
 
 
 def _table(head, rows) -> list[str]:

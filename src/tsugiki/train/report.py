@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup
 
 from tsugiki.train.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, as_float, chart, short
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+STYLE = Path(__file__).with_name("style.css.j2")     # of this page and of a study's
 LOSSES = ("train loss", "held-out loss")             # drawn in one chart; every other curve has its own
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
@@ -36,14 +38,11 @@ def write_report(path: str | Path, run: Mapping) -> None:
 
 def render(run: Mapping) -> str:
     """The page as text."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-                                     lstrip_blocks=True, finalize=printable)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     curves = run.get("curves") or {}
     groups = {"Loss": {name: curves[name] for name in LOSSES if name in curves}}
     groups |= {name[:1].upper() + name[1:]: {name: points} for name, points in curves.items() if name not in LOSSES}
     charts = [made for made in (chart(title, series) for title, series in groups.items()) if made]
-    return template.render(
+    return page(TEMPLATE).render(
         title=run.get("title") or "Training run", charts=charts,
         summary=[(label, shown(value)) for label, value in (run.get("summary") or {}).items()],
         scores=[score(metric, entry or {}) for metric, entry in (run.get("before_after") or {}).items()],
@@ -52,6 +51,14 @@ def render(run: Mapping) -> str:
         config=[(key, exact(value)) for key, value in flat(run.get("config") or {})],
         environment=[(key, exact(value)) for key, value in flat(run.get("environment") or {})],
         frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM})
+
+
+def page(template: Path) -> jinja2.Template:
+    """A template with the pages' style, in which every value is escaped and printable."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+                                     lstrip_blocks=True, finalize=printable)
+    environment.globals["style"] = Markup(STYLE.read_text(encoding="utf-8"))
+    return environment.from_string(template.read_text(encoding="utf-8"))
 
 
 def printable(value):
