@@ -83,7 +83,7 @@ def markdown(table: Table, about: list[str]) -> str:
         parts += ["## Over all data sets", "", *_table(head, [(f"`{label}`", f"{place:.2f}", *(digits(v) for v in values))
                                                               for label, place, values in overall]), ""]
     for data in table.data:
-        parts += [f"## {data.name}", "", *_data_section(data, table.budget), ""]
+        parts += [f"## {data.name}", "", *_data_section(data), ""]
     if table.failures:
         parts += ["## Runs that failed", "", *(f"- {line}" for line in table.failures), ""]
     if table.open:
@@ -91,7 +91,7 @@ def markdown(table: Table, about: list[str]) -> str:
     return "\n".join([*parts, "## How this was made", "", *(f"- {line}" for line in about), ""])
 
 
-def _data_section(data: DataTable, budget: int | None) -> list[str]:
+def _data_section(data: DataTable) -> list[str]:
     forgot = any(r.forgetting for r in data.rows)
     head = ["place", "method", data.metric, "95 % interval", "rate", "trained", *(["forgetting"] if forgot else []), "seeds",
             "s", "peak MB"]
@@ -101,8 +101,7 @@ def _data_section(data: DataTable, budget: int | None) -> list[str]:
     if ties := [f"`{r.label}`" for r in data.rows if r.tie]:
         lines += ["", f"Tied with `{data.rows[0].label}`: {', '.join(ties)}."]
     if data.equal_parameters:
-        what = f"{budget:,}" if budget else "the median"
-        lines += ["", f"Nearest to {what} trained parameters, the best first: {', '.join(f'`{x}`' for x in data.equal_parameters)}."]
+        lines += ["", f"Nearest to {data.budget:,} trained parameters, the best first: {', '.join(f'`{x}`' for x in data.equal_parameters)}."]
     if data.seconds and len(data.equal_time) > 1:
         then = sorted(data.equal_time.items(), key=lambda item: item[1])
         lines += ["", f"Validation loss after {data.seconds:.3g} s of training: "

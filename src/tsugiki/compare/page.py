@@ -17,7 +17,7 @@ TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 def render(table: Table, about: Mapping) -> str:
     """The page as text. about: protocol (sentences), environment, study (plain), samples {data: [(prompt, expected)]}."""
-    parts = [section(d, about["samples"].get(d.name, []), table.budget) for d in table.data]
+    parts = [section(d, about["samples"].get(d.name, [])) for d in table.data]
     names = [d.name for d in table.data]
     overall = [(label, f"{place:.2f}", [digits(v) for v in values]) for label, place, values in table.overall()]
     return page(TEMPLATE).render(
@@ -34,7 +34,7 @@ def render(table: Table, about: Mapping) -> str:
                "top": plots.SMALL_FRAME[2], "bottom": plots.SMALL_FRAME[3]})
 
 
-def section(data: DataTable, samples: list, budget: int | None) -> dict:
+def section(data: DataTable, samples: list) -> dict:
     """What the page shows of one data set."""
     rows = [r for r in data.rows if r.score is not None]
     best = [r.label for r in rows if r.rank[0] == 1]
@@ -46,7 +46,7 @@ def section(data: DataTable, samples: list, budget: int | None) -> dict:
                                        for label, points in data.curves.items()}, False, {}, digits),
             "sweeps": sweeps(data), "equal_time": equal_time(data), "seconds": f"{data.seconds:.3g}",
             "equal_parameters": [line(r) for r in rows if r.label in data.equal_parameters],
-            "budget": f"{budget:,}" if budget else "as many", "pairs": pairs(data, rows), "samples": side_by_side(data, samples)}
+            "budget": f"{data.budget:,}" if data.budget else "", "pairs": pairs(data, rows), "samples": side_by_side(data, samples)}
 
 
 def verdict(data: DataTable, rows: list[Row]) -> str:
@@ -73,12 +73,17 @@ def point(row: Row, x: float) -> Point:
 
 def scatters(data: DataTable, rows: list[Row]) -> list:
     """Score against what it costs."""
-    costs = [("trained parameters", lambda r: float(r.trainable), True),
-             ("peak memory, MB", lambda r: r.measured["memory_bytes"] / 2 ** 20, False),
-             ("seconds of training", lambda r: r.measured["seconds"], False),
-             ("forgetting, nats a token", lambda r: r.forgetting.value if r.forgetting else math.nan, False)]
-    return [plots.scatter(f"{data.metric} and {name.partition(',')[0]}", name, [point(r, cost(r)) for r in rows], data.larger, log, digits)
-            for name, cost, log in costs]
+    costs = {"trained parameters": lambda r: float(r.trainable),
+             "peak memory, MB": lambda r: r.measured["memory_bytes"] / 2 ** 20,
+             "seconds of training": lambda r: r.measured["seconds"],
+             "forgetting, nats a token": lambda r: r.forgetting.value if r.forgetting else math.nan}
+    found = []
+    for name, cost in costs.items():
+        points = [point(r, cost(r)) for r in rows]
+        known = [p.x for p in points if math.isfinite(p.x)]
+        log = bool(known) and min(known) > 0 and max(known) > 5 * min(known)
+        found.append(plots.scatter(f"{data.metric} and {name.partition(',')[0]}", name, points, data.larger, log, digits))
+    return found
 
 
 def sweeps(data: DataTable):

@@ -9,11 +9,11 @@ from tsugiki.train.chart import Tick, nice_ticks, path, scale, short, span
 
 WIDTH = 400                                           # of every viewBox but the small ones
 LEFT, RIGHT, TOP, BOTTOM, HEIGHT = 50, 386, 14, 262, 306
-NAMES, LINE = 138, 25                                 # of the ranking: room for names, height of a line
+NAMES, LINE = 146, 25                                 # of the ranking: room for names, height of a line
 SMALL = (220, 140)                                    # a small multiple's viewBox
 SMALL_FRAME = (42, 212, 10, 112)                      # left, right, top, bottom
 CHARACTER, TALL = 7.0, 13.0                           # a label's room: a character's width, its height
-LONGEST = 19                                          # characters of a label; a longer one is cut
+LONGEST = 17                                          # characters of a label; a longer one is cut
 DOT = 5.0
 
 
@@ -134,8 +134,7 @@ def scatter(title: str, x_title: str, points: Sequence[Point], larger: bool, log
     spots = [(place_x(p.x), place_y(p.y)) for p in points]
     labels = labelled(spots, [cut(p.label) for p in points])
     marks = tuple(Mark(p.label, cut(p.label), x, y, (place_y(p.low), place_y(p.high)) if p.low is not None else None, lx, ly,
-                       math.hypot(lx + CHARACTER * len(cut(p.label)) / 2 - x, ly - TALL / 3 - y) > 22 + CHARACTER * len(cut(p.label)) / 2,
-                       p in front) for p, (x, y), (lx, ly) in zip(points, spots, labels, strict=True))
+                       gap(x, y, lx, ly, cut(p.label)) > 2 * DOT, p in front) for p, (x, y), (lx, ly) in zip(points, spots, labels, strict=True))
     line, _ = path([(place_x(p.x), place_y(p.y)) for p in sorted(front, key=lambda p: p.x)])
     about = "; ".join(f"{p.label}: {short(p.x)}, {digits(p.y)}" for p in points)
     return Scatter(title, x_title, f"{about}. Not beaten in both: {', '.join(p.label for p in front)}.", marks, line,
@@ -202,6 +201,13 @@ def labelled(spots: Sequence[tuple[float, float]], labels: Sequence[str]) -> lis
     return [found[i] for i in range(len(spots))]
 
 
+def gap(x: float, y: float, label_x: float, label_y: float, label: str) -> float:
+    """How far a label's box is from its point."""
+    dx = max(label_x - x, x - label_x - CHARACTER * len(label), 0.0)
+    dy = max(label_y - 0.75 * TALL - y, y - label_y - TALL / 4, 0.0)
+    return math.hypot(dx, dy)
+
+
 def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     """Shared area of two boxes (left, top, right, bottom)."""
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
@@ -241,8 +247,8 @@ def multiples(series: Mapping[str, Sequence[tuple[float, float]]], log: bool, ma
         gone = sum(1 for _, y in points if not math.isfinite(y))
         good = [y for _, y in points if math.isfinite(y)]
         note = f"{digits(min(good) if log else good[-1])}" if good else "failed"
-        panels.append(Small(name, line, tuple(d for d in drawn[name] if d), mark, note + (f", {gone} failed" if gone and good else "")))
+        panels.append(Small(name, line, tuple(d for d in drawn[name] if d), mark, note + (f" ✗{gone}" if gone and good else "")))
     others = " ".join(line for line in (path(places)[0] for places in drawn.values()) if line)
     about = "; ".join(f"{p.title}: {p.note}" for p in panels)
-    return Multiples(tuple(panels), others, tuple(Tick(place((v, low))[0], t) for v, t in x_ticks[:6]),
+    return Multiples(tuple(panels), others, tuple(Tick(place((v, low))[0], t) for v, t in x_ticks[::max(1, math.ceil(len(x_ticks) / 3))]),
                      tuple(Tick(place((x_ticks[0][0] if x_ticks else 1, v))[1], t) for v, t in y_ticks), about)

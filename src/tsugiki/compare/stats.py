@@ -8,9 +8,10 @@ from dataclasses import dataclass
 LEVEL = 0.05
 METHOD = ("Intervals are at 95 %. A score is the mean over seeds and test rows; its variance is that of the rows' means over rows "
           "plus that of the seeds' means over seeds (each counts what they share, so the sum is, if anything, too large), and the "
-          "interval is Student's t with Satterthwaite's degrees of freedom. Two methods are compared by the same test on the "
-          "differences, row by row and seed by seed; p values are Holm-corrected over all pairs of a data set. Two methods whose "
-          "corrected p is at least 0.05 are tied.")
+          "interval is Student's t with Satterthwaite's degrees of freedom. A few seeds say little of their spread, so it is taken "
+          "from all methods together, or from the method's own seeds where that is larger. Two methods are compared by the same "
+          "test on the differences, row by row and seed by seed (where a metric gives no number a row, as corpus BLEU, seed by seed "
+          "alone); p values are Holm-corrected over all pairs of a data set. Two methods whose corrected p is at least 0.05 are tied.")
 Matrix = Sequence[Sequence[float]]                    # (seeds, rows)
 
 
@@ -40,13 +41,35 @@ class Mean:
         return 2 * tail(abs(self.value) / self.error, self.df)
 
 
-def mean_of(values: Matrix) -> Mean:
-    """The mean of (seeds, rows) numbers, both drawn: two-way random effects, moment estimates, no interaction taken off."""
+@dataclass(frozen=True)
+class Pool:
+    """The spread of seeds that several methods share, each giving its own estimate: their mean, and its degrees of freedom."""
+    variance: float
+    df: int
+
+
+def pool(tables: Mapping[str, Mapping[int, Sequence[float]]]) -> Pool | None:
+    """Of methods with two seeds or more; None where there is none. Three seeds alone say next to nothing of a spread."""
+    means = [[sum(rows) / len(rows) for rows in seeds.values()] for seeds in tables.values() if len(seeds) > 1]
+    df = sum(len(m) - 1 for m in means)
+    return Pool(sum(variance(m) * (len(m) - 1) for m in means) / df, df) if df else None
+
+
+def mean_of(values: Matrix, shared: Pool | None = None) -> Mean:
+    """The mean of (seeds, rows) numbers, both drawn: two-way random effects, moment estimates, no interaction taken off.
+
+    The seeds' variance is their own or that of `shared`, whichever is larger, with the degrees of freedom of `shared`.
+    """
     seeds, rows = len(values), len(values[0])
     by_seed = [sum(row) / rows for row in values]
     by_row = [sum(values[s][r] for s in range(seeds)) / seeds for r in range(rows)]
     value = sum(by_seed) / seeds
-    parts = [(variance(means) / n, n - 1) for means, n in ((by_seed, seeds), (by_row, rows)) if n > 1]
+    own = variance(by_seed) if seeds > 1 else 0.0
+    parts = [(variance(by_row) / rows, rows - 1)] if rows > 1 else []
+    if shared is not None:
+        parts.append((max(own, shared.variance) / seeds, shared.df))
+    elif seeds > 1:
+        parts.append((own / seeds, seeds - 1))
     if not parts:
         return Mean(value, math.nan, 0, seeds, rows)
     total = sum(v for v, _ in parts)
@@ -59,9 +82,10 @@ def seeds_only(scores: Sequence[float]) -> Mean:
     return mean_of([[s] for s in scores])
 
 
-def difference(a: Matrix, b: Matrix) -> Mean:
-    """The mean of a - b, paired in rows and seeds."""
-    return mean_of([[x - y for x, y in zip(p, q, strict=True)] for p, q in zip(a, b, strict=True)])
+def difference(a: Matrix, b: Matrix, shared: Pool | None = None) -> Mean:
+    """The mean of a - b, paired in rows and seeds. shared: of one method; a difference has twice its variance."""
+    twice = shared and Pool(2 * shared.variance, shared.df)
+    return mean_of([[x - y for x, y in zip(p, q, strict=True)] for p, q in zip(a, b, strict=True)], twice)
 
 
 def variance(values: Sequence[float]) -> float:
@@ -83,11 +107,11 @@ def compared(tables: Mapping[str, Mapping[int, Sequence[float]]]) -> dict[tuple[
 
     tables: by name, the rows of each seed. A pair is compared on the seeds that both have.
     """
-    names, tests = list(tables), {}
+    names, tests, shared = list(tables), {}, pool(tables)
     for i, a in enumerate(names):
         for b in names[i + 1:]:
             if both := [s for s in tables[a] if s in tables[b]]:
-                tests[a, b] = difference([tables[a][s] for s in both], [tables[b][s] for s in both])
+                tests[a, b] = difference([tables[a][s] for s in both], [tables[b][s] for s in both], shared)
     corrected = holm({pair: p for pair, t in tests.items() if (p := t.p) is not None})
     found = {}
     for i, a in enumerate(names):

@@ -115,7 +115,7 @@ class Variant:
 
     @property
     def label(self) -> str:
-        return " ".join([self.method, *(f"{k}={_short(v)}" for k, v in self.fields.items())])
+        return " ".join([self.method, *(k if v is True else f"{k}={_short(v)}" for k, v in self.fields.items())])
 
 
 @dataclass(frozen=True)

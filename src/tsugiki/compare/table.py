@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tsugiki.compare.schedule import Choice, Lengths, choice, finals
 from tsugiki.compare.sizes import equal_parameters
-from tsugiki.compare.stats import Mean, compared, mean_of, ranks, seeds_only
+from tsugiki.compare.stats import Mean, Pool, compared, mean_of, pool, ranks, seeds_only
 from tsugiki.compare.study import Cell, Study, Variant, alone
 
 SMALLER = ("loss", "perplexity")                      # metrics of which less is better
@@ -62,6 +62,7 @@ class DataTable:
     equal_time: Mapping[str, float]                   # by label: validation loss at `seconds` of training
     seconds: float
     equal_parameters: tuple[str, ...]                 # labels, nearest to the budget
+    budget: int | None                                # trained parameters: the study's, or the middle one's of several sizes
 
     @property
     def larger(self) -> bool:
@@ -81,7 +82,6 @@ class Table:
     runs: tuple[dict, ...]                            # every run, search and final, one flat row each
     failures: tuple[str, ...]
     open: int                                         # methods on data sets that are not finished
-    budget: int | None
 
     def plain(self) -> dict:
         return {"data": {d.name: d.plain() for d in self.data}, "runs": len(self.runs), "failures": list(self.failures),
@@ -120,7 +120,7 @@ def tabled(study: Study, results: Mapping[str, dict], lengths: Lengths) -> Table
     failures += [f"{r['data']}, {r['method']}, rate {r['rate']:g}, seed {r['seed']}: {r['failed']}" for r in runs if r["failed"]]
     failures += [f"{d}, the base alone: {results[alone(d).key]['failed']}" for d in study.names()
                  if "failed" in results.get(alone(d).key, {})]
-    return Table(tuple(tables), tuple(runs), tuple(failures), still, study.parameters)
+    return Table(tuple(tables), tuple(runs), tuple(failures), still)
 
 
 def flat(cell: Cell, result: Mapping, final: bool) -> dict:
@@ -144,7 +144,7 @@ def _of_data(study: Study, data: str, chosen: Mapping[str, Choice], last: Mappin
     pairs = compared(tables)
     places = ranks(list(tables), pairs, metric not in SMALLER)
     rows = [_row(v, chosen[v.label], last[v.label], good[v.label], results, tables.get(v.label), base,
-                 places.get(v.label, (0, 0))) for v in study.variants()
+                 places.get(v.label, (0, 0)), pool(tables)) for v in study.variants()
             if good[v.label] or any("failed" in results.get(c.key, {}) for c in (*chosen[v.label].tried, *last[v.label]))]
     sign = -1 if metric not in SMALLER else 1
     rows.sort(key=lambda r: (r.score is None, sign * r.score.value if r.score else 0, r.label))
@@ -161,7 +161,7 @@ def _of_data(study: Study, data: str, chosen: Mapping[str, Choice], last: Mappin
                      {label: sweep(c, results) for label, c in chosen.items()},
                      {label: tuple(test.get("answers", ())) for label, test in answers.items()},
                      {label: at(points, seconds) for label, points in curves.items()}, seconds,
-                     tuple(r.label for r in rows if r.label in equal))
+                     tuple(r.label for r in rows if r.label in equal), budget)
 
 
 def _base(base: Mapping, metric: str) -> dict | None:
@@ -181,7 +181,8 @@ def scores_by_seed(runs: Sequence[tuple[Cell, dict]], metric: str) -> dict[int, 
 
 
 def _row(variant: Variant, chosen: Choice, cells: Sequence[Cell], good: Sequence[tuple[Cell, dict]], results: Mapping[str, dict],
-         scores: Mapping[int, list[float]] | None, base: Mapping, places: tuple[int, int]) -> Row:
+         scores: Mapping[int, list[float]] | None, base: Mapping, places: tuple[int, int],
+         shared: Pool | None) -> Row:
     found, n = [r for _, r in good], max(1, len(good))
     failed = [f"seed {c.seed}: {results[c.key]['failed']}" for c in cells if "failed" in results.get(c.key, {})]
     if not cells and not chosen.missing:
@@ -190,7 +191,7 @@ def _row(variant: Variant, chosen: Choice, cells: Sequence[Cell], good: Sequence
     measured = {}
     if found:
         measured = {"seconds": sum(r["seconds"] for r in found) / n, "memory_bytes": max(r["memory"] for r in found)}
-    return Row(variant, chosen.lr, chosen.edge, mean_of(list(scores.values())) if scores else None,
+    return Row(variant, chosen.lr, chosen.edge, mean_of(list(scores.values()), shared) if scores else None,
                sum(r["test"]["loss"] for r in found) / n if found else math.nan,
                sum(r["validation"]["loss"] for r in found) / n if found else math.nan,
                found[0]["trainable"] if found else 0, found[0]["total"] if found else 0,

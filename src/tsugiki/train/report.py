@@ -63,7 +63,7 @@ def page(template: Path) -> jinja2.Template:
 
 def printable(value):
     """What a browser may not be given (control characters, halves of a character) becomes a visible mark."""
-    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value) if isinstance(value, str) else value
+    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def shown(value) -> str:
