@@ -83,8 +83,8 @@ class Planned:
                 "data": {name: {"steps": size.steps, "tokens_of_a_row": round(size.row_tokens, 1)} for name, size in self.loads.items()}}
 
 
-def planned(study: Study, parts: Mapping[str, Parts], results: Mapping[str, dict]) -> Planned:
-    """Lengths, loads and a rehearsed step of every method. Raises UserError for a base that is not there."""
+def planned(study: Study, parts: Mapping[str, Parts], results: Mapping[str, dict], rehearse: bool = True) -> Planned:
+    """Lengths, loads and, unless nobody will look, a rehearsed step of every method. Raises UserError where no method fits."""
     cfg = {name: build(RunConfig, study.values(name)) for name in study.names()}
     first = next(iter(cfg.values()))
     tokenizer = load_tokenizer(first.base, first.trust_remote_code)
@@ -94,14 +94,14 @@ def planned(study: Study, parts: Mapping[str, Parts], results: Mapping[str, dict
     length = max(2, round(sum(size.row_tokens for size in loads.values()) / len(loads)))
     tokens = min(FORWARD, max(length, round(sum(size.step_tokens for size in loads.values()) / len(loads))))
     plans, refused = {}, {}
-    for variant in study.variants():
+    for variant in study.variants() if rehearse else []:
         try:
             plans[variant.label] = plan(first.base, make(variant.method, **variant.fields), tokens=tokens, length=length,
                                         trained=0.3, dtype=compute_dtype(first.train.dtype, device), device=str(device),
                                         trust_remote_code=first.trust_remote_code)
         except UserError as e:
             refused[variant.label] = str(e)
-    if not plans:
+    if refused and not plans:
         raise UserError(next(iter(refused.values())))
     return Planned(study, lengths, loads, plans, refused, tuple(expected(study, results, lengths)))
 

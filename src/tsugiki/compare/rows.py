@@ -24,6 +24,13 @@ class Parts:
         """What a run is given: the test rows are not in it."""
         return Rows(self.train, self.validation, self.fingerprint, self.template)
 
+    def shown(self, count: int) -> list[tuple[int, Conversation]]:
+        """The first test rows that ask different things, each with its place."""
+        asked: dict[str, tuple[int, Conversation]] = {}
+        for n, c in enumerate(self.test):
+            asked.setdefault(c.prompt_text, (n, c))
+        return list(asked.values())[:count]
+
 
 def read_parts(study: Study, data: str, say: Callable[[str], None] = lambda line: None) -> Parts:
     """Read and check the files of a data set, and hold out what rates are chosen on. Raises UserError for bad rows."""
@@ -36,6 +43,9 @@ def read_parts(study: Study, data: str, say: Callable[[str], None] = lambda line
         share = min(study.validation, study.validation_rows / max(1, len(found.train)))
         train, validation = split(found.train, share, study.data_seed)
     test = found.held_out[:cfg.eval.max_rows]
+    if getattr(cfg.eval, "task", None):
+        from tsugiki.evaluate.tasks import load
+        test = list(load(cfg.eval.task, cfg.eval.task_data, cfg.eval.max_rows).conversations)
     texts = "\0".join("\0".join(m.content for m in c.messages) for c in validation)
     sizes = f"{len(train)} {len(validation)} {len(test)}"
     digest = hashlib.sha256(f"{found.fingerprint}\0{sizes}\0{texts}".encode("utf-8", "surrogatepass")).hexdigest()

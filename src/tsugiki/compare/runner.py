@@ -45,7 +45,8 @@ class Outcome:
                                      "csv": str(self.out / "results.csv"), "markdown": str(self.out / "results.md")}
 
 
-def prepare(study: Study, say: Callable[[str], None], save: bool = True) -> tuple[Study, dict[str, Parts], Planned]:
+def prepare(study: Study, say: Callable[[str], None], save: bool = True,
+            rehearse: bool = True) -> tuple[Study, dict[str, Parts], Planned]:
     """Read and check everything, and plan: (the study with its sizes, the rows, the plan). Raises UserError."""
     if not study.out:
         raise UserError("out: missing; give --out DIR, the folder of the study")
@@ -63,7 +64,7 @@ def prepare(study: Study, say: Callable[[str], None], save: bool = True) -> tupl
     store = Store(study.out)
     if save:
         store.claim(study, {name: p.fingerprint for name, p in parts.items()})
-    return study, parts, planned(study, parts, store.results())
+    return study, parts, planned(study, parts, store.results(), rehearse)
 
 
 def compare(study: Study, *, quiet: bool = False, retry: bool = False, say: Callable[[str], None] | None = None,
@@ -74,7 +75,7 @@ def compare(study: Study, *, quiet: bool = False, retry: bool = False, say: Call
     show: called with the plan before the first run. Raises UserError for what cannot be started, Stopped after Ctrl-C.
     """
     say = say or (lambda line: None if quiet else console().print(line, markup=False))
-    study, parts, plan = prepare(study, say)
+    study, parts, plan = prepare(study, say, rehearse=not quiet)
     store = Store(study.out)
     if retry and (count := store.forget_failures()):
         say(f"{count} failed runs are made again")
@@ -94,6 +95,12 @@ def compare(study: Study, *, quiet: bool = False, retry: bool = False, say: Call
     table = tabled(study, store.results(), plan.lengths)
     write_all(store, table, study, parts)
     return Outcome(table, store.out)
+
+
+def worker() -> subprocess.Popen:
+    """A new worker process: tsugiki.compare.worker."""
+    return subprocess.Popen([sys.executable, "-m", "tsugiki.compare.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            text=True, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
 
 
 class Work:
@@ -151,8 +158,7 @@ class Work:
     def asked(self, cell: Cell) -> int:
         """The worker's answer; that of a dead worker is its own exit code."""
         if self.server is None or self.server.poll() is not None:
-            self.server = subprocess.Popen([sys.executable, "-m", "tsugiki.compare.worker"], stdin=subprocess.PIPE,
-                                           stdout=subprocess.PIPE, text=True, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
+            self.server = worker()
             self._tell(json.dumps(self.study.plain()))
         self._tell(json.dumps(cell.plain()))
         try:

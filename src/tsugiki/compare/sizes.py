@@ -32,6 +32,11 @@ def size_field(method: str) -> str | None:
     return next((f.name for f in dataclasses.fields(cls) if hints[f.name] is int and (f.metadata.get("low") or 0) >= 1), None)
 
 
+def smallest(method: str, field: str) -> int:
+    """The least value of a field."""
+    return next(f.metadata["low"] for f in dataclasses.fields(METHODS[method]) if f.name == field)
+
+
 def nearest(run: dict, variant: Variant, budget: int) -> Variant:
     """The same method in the size that trains as nearly `budget` numbers as it can; itself, if it has no size."""
     field = size_field(variant.method)
@@ -47,8 +52,8 @@ def nearest(run: dict, variant: Variant, budget: int) -> Variant:
             except UserError:
                 seen[size] = 1 << 62
         return seen[size]
-    low = high = 1
-    while trains(high) < budget and high < MOST:
+    low = high = smallest(variant.method, field)
+    while high < MOST and (trains(high) == 1 << 62 or trains(high) < budget):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2

@@ -65,7 +65,7 @@ def mean_of(values: Matrix, shared: Pool | None = None) -> Mean:
     by_row = [sum(values[s][r] for s in range(seeds)) / seeds for r in range(rows)]
     value = sum(by_seed) / seeds
     own = variance(by_seed) if seeds > 1 else 0.0
-    parts = [(variance(by_row) / rows, rows - 1)] if rows > 1 else []
+    parts = [(spread(by_row) / rows, rows - 1)] if rows > 1 else []
     if shared is not None:
         parts.append((max(own, shared.variance) / seeds, shared.df))
     elif seeds > 1:
@@ -86,6 +86,16 @@ def difference(a: Matrix, b: Matrix, shared: Pool | None = None) -> Mean:
     """The mean of a - b, paired in rows and seeds. shared: of one method; a difference has twice its variance."""
     twice = shared and Pool(2 * shared.variance, shared.df)
     return mean_of([[x - y for x, y in zip(p, q, strict=True)] for p, q in zip(a, b, strict=True)], twice)
+
+
+def spread(values: Sequence[float]) -> float:
+    """The variance; of nothing but zeros or nothing but ones, that of a share with two of each added (Agresti and Coull 1998):
+    twelve right answers of twelve do not say that the next one will be right."""
+    if set(values) in ({0.0}, {1.0}):
+        n = len(values)
+        p = 2 / (n + 4)
+        return p * (1 - p) * n / (n + 4)
+    return variance(values)
 
 
 def variance(values: Sequence[float]) -> float:

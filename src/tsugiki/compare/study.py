@@ -78,7 +78,7 @@ class Study:
     def values(self, data: str) -> dict:
         """The RunConfig values of a data set, test rows included: without a file for them, a share of the rows."""
         found = merge(self.run, {k: v for k, v in self.datasets.get(data, {}).items() if k != "validation"})
-        if not (found.get("data", {}).get("eval") or found.get("data", {}).get("holdout")):
+        if not (found.get("data", {}).get("eval") or found.get("data", {}).get("holdout") or found.get("eval", {}).get("task")):
             put(found, "data.holdout", HOLDOUT)
         return found
 
@@ -93,6 +93,8 @@ class Study:
     def config(self, cell: Cell) -> RunConfig:
         """The run of a cell. On its way it takes the validation loss only; `scoring` is for the end."""
         values, lines = self.values(cell.data), max(1, cell.steps // LOG_POINTS)
+        if not values.get("data", {}).get("eval"):    # a run that evaluates must name held-out rows; it is given them as they are
+            put(values, "data.holdout", values.get("data", {}).get("holdout") or HOLDOUT)
         every = lines * max(1, round(cell.steps / self.curve_points / lines))
         return build(RunConfig, merge(values, {
             "out": str(Path(self.out or ".") / "runs" / cell.key), "method": {"name": cell.variant.method} | cell.variant.fields,

@@ -24,7 +24,7 @@ from tsugiki.compare.rows import Parts, read_parts
 from tsugiki.compare.schedule import done
 from tsugiki.compare.store import BUSY, DONE, STOPPED, Store
 from tsugiki.compare.study import ALONE, Cell, Study
-from tsugiki.config import RunConfig, build
+from tsugiki.config import EvalConfig, RunConfig, build
 from tsugiki.data import Conversation, Renderer, load_conversations
 from tsugiki.errors import RunError, UserError
 from tsugiki.evaluate.answers import room
@@ -98,7 +98,7 @@ def one(study: Study, cell: Cell, parts: Parts) -> int:
         except Interrupted:
             raise
         except (RunError, UserError) as e:
-            result = {"failed": str(e)}
+            result = {"failed": str(e).partition("; nothing was updated")[0][:300]}
         except Exception as e:
             traceback.print_exc()
             line = next(iter(str(e).splitlines()), "")
@@ -140,11 +140,27 @@ def scores(study: Study, cell: Cell, cfg: RunConfig, model: nn.Module, tokenizer
     if study.select == "metric" and cell.variant.method != ALONE:
         found["validation"] = evaluate(model, renderer, parts.validation, scoring, pad_id(tokenizer), limit).plain()
     if cell.test:
-        score = evaluate(model, renderer, parts.test, scoring, pad_id(tokenizer), limit)
-        found["test"] = score.plain() | {"rows": rows_of(score, parts.test), "answers": list(score.answers[:study.samples])}
+        score = tested(model, renderer, parts, scoring, pad_id(tokenizer), limit)
+        found["test"] = score.plain() | {"rows": rows_of(score, parts.test), "answers": answers_of(score, parts, study.samples)}
         if study.general:
             found["general"] = general_loss(study, model, tokenizer, limit)
     return found
+
+
+def tested(model: nn.Module, renderer: Renderer, parts: Parts, scoring: EvalConfig, pad: int, limit: int) -> Score:
+    """The test rows' score, or the task's."""
+    if getattr(scoring, "task", None):
+        from tsugiki.evaluate import tasks
+        task = tasks.load(scoring.task, scoring.task_data, scoring.max_rows)
+        return tasks.score(model, renderer, task, scoring, pad, limit)
+    return evaluate(model, renderer, parts.test, scoring, pad, limit)
+
+
+def answers_of(score: Score, parts: Parts, count: int) -> list[str]:
+    """The answers to `parts.shown`; where rows with one prompt are one answer, they come in the order of prompts."""
+    if len(score.answers) == len(parts.test):
+        return [score.answers[n] for n, _ in parts.shown(count)]
+    return list(score.answers[:count])
 
 
 def rows_of(score: Score, conversations: Sequence[Conversation]) -> list[float]:
