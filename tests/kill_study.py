@@ -104,7 +104,7 @@ def main(folder: Path, base: str, rows: str, studies: int, kills: int) -> None:
         out = folder / f"study-{n}"
         for k in range(kills):
             pid = child(out, base, rows)
-            time.sleep(rng.random() * total * 0.6)
+            time.sleep(rng.random() * total * 0.2)
             if k % 2:
                 os.kill(pid, signal.SIGKILL)          # the worker notices that its parent is gone
             else:

@@ -1,4 +1,4 @@
-"""A study finds what it should, looks at test rows last, outlives what goes wrong in a run, and ends the same however it is stopped."""
+"""A study finds what it should, looks at test rows last, outlives a run that fails, and ends the same however it is stopped."""
 from __future__ import annotations
 
 import json
@@ -84,7 +84,8 @@ def test_a_rate_is_chosen_on_validation_rows_and_only_then_test_rows_are_scored(
     assert choice(made, "data", made.variants()[0], results, LENGTHS).lr == recommended
 
 
-@pytest.mark.parametrize("off,tried,edge", [(3.0, 4, ""), (0.3, 4, ""), (9.0, 5, ""), (300.0, 5, "highest"), (1 / 300, 5, "lowest"), (1.0, 3, "")])
+@pytest.mark.parametrize("off,tried,edge", [
+    (3.0, 4, ""), (0.3, 4, ""), (9.0, 5, ""), (300.0, 5, "highest"), (1 / 300, 5, "lowest"), (1.0, 3, "")])
 def test_the_grid_grows_while_the_best_is_at_its_edge_and_says_when_it_still_is(off, tried, edge):
     made = study()
     results, _ = played(made, near(METHODS["lora"].rate(256) * off))
@@ -127,12 +128,16 @@ def test_what_is_expected_is_what_comes(more):
 # What a study is
 
 @pytest.mark.parametrize("values,part", [
-    ({"methods": ["lorra"]}, "no method is called 'lorra'; did you mean 'lora'?"), ({"methods": []}, "methods: there must be at least one"),
-    ({"methods": [{"name": "lora", "rnk": 4}]}, "method.rnk: lora has no such setting"), ({"rates": [0.0]}, "rates: 0 is out of range"),
+    ({"methods": ["lorra"]}, "no method is called 'lorra'; did you mean 'lora'?"),
+    ({"methods": []}, "methods: there must be at least one"),
+    ({"methods": [{"name": "lora", "rnk": 4}]}, "method.rnk: lora has no such setting"),
+    ({"rates": [0.0]}, "rates: 0 is out of range"),
     ({"methods": ["lora", "lora"]}, "lora is there twice"), ({"seeds": [1, 1]}, "seeds: one of them is there twice"),
     ({"train": {"lr": 1e-3}}, "train.lr: a study sets it itself; give rates"), ({"method": {"name": "lora"}}, "give methods"),
-    ({"datasets": {"a/b": {}}}, "datasets.a/b: a name is made of"), ({"datasets": {"a": {"train": {"seed": 1}}}}, "datasets.a.train.seed"),
-    ({"datasets": {"a": {"data": {"files": []}}}}, "datasets.a.data.files: no training data"), ({"trian": {}}, "trian: unknown key"),
+    ({"datasets": {"a/b": {}}}, "datasets.a/b: a name is made of"),
+    ({"datasets": {"a": {"train": {"seed": 1}}}}, "datasets.a.train.seed"),
+    ({"datasets": {"a": {"data": {"files": []}}}}, "datasets.a.data.files: no training data"),
+    ({"trian": {}}, "trian: unknown key"),
     ({"search": "random"}, "search: 'random' is not one of grid, halving")])
 def test_a_wrong_study_is_refused_in_one_line(values, part):
     with pytest.raises(UserError) as error:
@@ -160,7 +165,8 @@ def test_a_size_is_the_nearest_to_the_budget_for_every_method_that_has_one(base)
                 near_it = count(run, Variant(name, {field: other}))[1]
             except UserError:
                 continue
-            assert abs(near_it - 5000) >= abs(trains - 5000), (name, size, trains, other, near_it)
+            if (near_it > trains) == (other > size):  # a factor that is trained whole from some size on grows no further
+                assert abs(near_it - 5000) >= abs(trains - 5000), (name, size, trains, other, near_it)
     lora = nearest(run, Variant("lora"), 5000)
     assert lora.fields["rank"] != 8 and abs(count(run, lora)[1] - 5000) <= 1024
 
@@ -227,7 +233,8 @@ def flags(base: str, rows: str, out: Path, *more: str) -> list[str]:
 def finished(base, rows, tmp_path_factory):
     """A study of two methods and the base trained whole, with a rate that diverges: (its folder, what it printed)."""
     out = tmp_path_factory.mktemp("study") / "out"
-    more = ["--methods", "lora:rank=4", "bitfit", "full", "--rates", "0.003", "0.03", "1e30", "--seeds", "0", "1", "--general", f"{rows}.txt"]
+    more = ["--methods", "lora:rank=4", "bitfit", "full", "--rates", "0.003", "0.03", "1e30", "--seeds", "0", "1", "--general",
+            f"{rows}.txt"]
     done = subprocess.run([sys.executable, "-m", "tsugiki.cli.main", *flags(base, rows, out, *more, "--json")], capture_output=True,
                           text=True, env=environment())
     assert done.returncode == 0, done.stderr
@@ -258,7 +265,8 @@ def test_a_study_ranks_trains_full_too_and_a_diverging_rate_is_a_row(finished):
 def test_a_finished_study_makes_nothing_again_and_may_get_another_seed(finished, base, rows, capsys):
     out, found, _ = finished
     kept = {p: p.stat().st_mtime_ns for p in (out / "results").rglob("*.json")}
-    more = ["--methods", "lora:rank=4", "bitfit", "--rates", "0.003", "0.03", "1e30", "--general", f"{rows}.txt", "--seeds", "0", "1"]
+    more = ["--methods", "lora:rank=4", "bitfit", "--rates", "0.003", "0.03", "1e30", "--general", f"{rows}.txt",
+            "--seeds", "0", "1"]
     assert main(flags(base, rows, out, *more, "--json", "--quiet")) == 0
     again = json.loads(capsys.readouterr().out)
     assert {p: p.stat().st_mtime_ns for p in (out / "results").rglob("*.json")} == kept
@@ -303,11 +311,12 @@ def test_a_study_killed_ten_times_at_random_moments_ends_with_the_same_table(bas
                           timeout=600, env=environment())
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["identical"] == found["studies"] == 1 and found["kills"] == 10 and found["landed"] >= 5, found
+    assert found["identical"] == found["studies"] == 1 and found["kills"] == 10 and found["landed"] >= 6, found
 
 
 def test_a_plan_in_the_library_needs_no_more_than_the_study(base, rows, tmp_path):
-    made = study_of({"out": str(tmp_path / "s"), "base": base, "methods": ["lora"], "data": {"files": [rows]}, "train": {"steps": 3}})
+    made = study_of({"out": str(tmp_path / "s"), "base": base, "methods": ["lora"], "data": {"files": [rows]},
+                     "train": {"steps": 3}})
     made, parts, plan = prepare(made, lambda line: None, save=False)
     assert plan.lengths.width == planned(made, parts, {}).lengths.width == llama().config.hidden_size
     assert plan.loads["data"].steps == 3 and plan.left(plan.cells, {}) > 0

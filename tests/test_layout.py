@@ -45,8 +45,9 @@ GRAPH: dict[str, set[str]] = {
     "capabilities": {"combine", "core", "errors", "formats", "load", "methods", "sites", "weights"},
     "plan": {"config", "core", "data", "errors", "evaluate", "formats", "kernels", "load", "methods", "train"},
     "api": {"config", "core", "data", "errors", "evaluate", "load", "methods", "train", "weights"},
+    "compare": {"config", "data", "errors", "evaluate", "load", "memory", "methods", "plan", "train"},
     "top": {"api", "config", "core", "errors", "load", "methods", "sites"},
-    "cli": {"api", "capabilities", "combine", "config", "core", "data", "errors", "evaluate", "formats", "load", "methods", "plan",
+    "cli": {"api", "capabilities", "combine", "compare", "config", "core", "data", "errors", "evaluate", "formats", "load", "methods", "plan",
             "train"},
 }
 # Imports against the stream, made inside a function when it is called. Each has its reason.

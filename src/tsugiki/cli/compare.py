@@ -22,8 +22,8 @@ command goes on; more methods, rates or seeds may be added; a second process giv
 # flag -> key of the study or of its runs
 KEYS = {"out": "out", "rates": "rates", "factors": "factors", "seeds": "seeds", "search": "search", "select": "select",
         "parameters": "parameters", "general": "general", "validation": "validation", "curve_points": "curve_points"}
-OF_A_RUN = ("base", "device", "bits", "data", "eval_data", "format", "prompt", "completion", "holdout", "max_rows", "epochs", "steps",
-            "batch_size", "max_length", "dtype", "metric", "compile")
+OF_A_RUN = ("base", "device", "bits", "data", "eval_data", "format", "prompt", "completion", "holdout", "max_rows", "epochs",
+            "steps", "batch_size", "max_length", "dtype", "metric", "compile")
 
 
 def add(commands) -> None:
@@ -34,7 +34,7 @@ def add(commands) -> None:
     p.add_argument("--eval-data", nargs="+", metavar="FILE", help="test rows (default: a tenth of the rows)")
     p.add_argument("--holdout", help="share of the rows that is the test, without --eval-data (0.1)")
     p.add_argument("--methods", nargs="+", metavar="M", help="as lora series lora:rank=4,16 full (lora series prefix)")
-    p.add_argument("--rates", nargs="+", metavar="LR", help="auto (the default: around each method's recommended rate) or rates for all")
+    p.add_argument("--rates", nargs="+", metavar="LR", help="auto (the default: around each method's recommended rate) or rates")
     p.add_argument("--factors", nargs="+", metavar="F", help="what auto multiplies the recommended rate with (0.3 1 3)")
     p.add_argument("--seeds", nargs="+", metavar="N", help="seeds of the final runs (0 1 2)")
     p.add_argument("--search", help="grid (each rate in full length) or halving (short runs first, the better half goes on)")
@@ -124,8 +124,8 @@ def plan_text(plan, seen: dict) -> str:
     lines += [f"not on this base: {why}" for why in plan.refused.values()]
     for name, size in plan.loads.items():
         lines.append(f"{name}: {size.steps:,} steps of about {size.step_tokens:,.0f} tokens")
-    lines.append(f"{len(plan.cells)} runs to make, about {clock(plan.left(plan.cells, seen))} (memory: what tensors hold in a step; "
-                 "time: from a rehearsed step, without generated answers; both are estimates)")
+    lines.append(f"{len(plan.cells)} runs to make, about {clock(plan.left(plan.cells, seen))} (memory: what tensors hold in "
+                 "a step; time: from a rehearsed step, without generated answers; both are estimates)")
     return "\n".join(lines)
 
 
@@ -136,10 +136,11 @@ def ranking_text(outcome) -> str:
     lines = []
     for data in outcome.table.data:
         forgot = any(r.forgetting for r in data.rows)
-        head = ("place", "method", data.metric, "95 % interval", "rate", "trained", *(("forgetting",) if forgot else ()), "seeds", "s",
-                "peak MB")
+        head = ("place", "method", data.metric, "95 % interval", "rate", "trained", *(("forgetting",) if forgot else ()), "seeds",
+                "s", "peak MB")
         base = f", the base alone {data.base['score']:.3f}" if data.base and data.base["score"] is not None else ""
-        lines += [f"{data.name}: {data.n} test rows{base}", table(head, [(place(r), r.label, *cells(r, forgot)) for r in data.rows]), ""]
+        lines += [f"{data.name}: {data.n} test rows{base}",
+                  table(head, [(place(r), r.label, *cells(r, forgot)) for r in data.rows]), ""]
     lines += [f"failed: {line}" for line in outcome.table.failures]
     return "\n".join([*lines, "a place such as 1–3 is a tie: significant differences (Holm, 95 %) leave these places open",
                       f"report  {outcome.out / 'report.html'}", f"table   {outcome.out / 'results.md'}, results.csv"])

@@ -40,7 +40,6 @@ def csv_text(table: Table) -> str:
 
 def protocol(study: Study, parts: Mapping[str, Parts]) -> list[str]:
     """How the numbers were made, a sentence each."""
-    by = "the metric" if study.select == "metric" else "the loss"
     rates = (f"of {', '.join(f'{r:g}' for r in study.rates)}" if study.rates else
              f"of the method's recommended rate times {', '.join(f'{f:g}' for f in study.factors)}"
              + (f", and up to {study.extend} beyond the edge while the best is there" if study.extend else ""))
@@ -49,7 +48,7 @@ def protocol(study: Study, parts: Mapping[str, Parts]) -> list[str]:
              for name, p in parts.items()]
     searched = len(study.rates) != 1
     if searched:
-        found.append(f"Each method's learning rate is the one, {rates}, with the best {by.removeprefix('the ')} on the validation rows, "
+        found.append(f"Each method's learning rate is the one, {rates}, with the best {study.select} on the validation rows, "
                      f"which are held out of the training rows: seed {study.seeds[0]}, {how}.")
     else:
         found.append(f"All methods are trained at the rate {study.rates[0]:g}, which was given.")
@@ -57,13 +56,13 @@ def protocol(study: Study, parts: Mapping[str, Parts]) -> list[str]:
                  f"{'the chosen' if searched else 'that'} rate, seeds {', '.join(map(str, study.seeds))}. "
                  "A seed draws the adapter's start and the order of the rows; the rows themselves are the same for all.")
     if study.parameters:
-        found.append(f"Ranks and sizes are chosen so that a method trains as nearly {study.parameters:,} numbers as it can; methods "
-                     "of one size stay as they are.")
+        found.append(f"Ranks and sizes are chosen so that a method trains as nearly {study.parameters:,} numbers as it can; "
+                     "methods of one size stay as they are.")
     if study.general:
         found.append(f"Forgetting is the rise of the loss, in nats a token, on the first {study.general_tokens:,} tokens of "
                      f"{', '.join(Path(f).name for f in study.general)}; its interval is over seeds.")
-    return [*found, METHOD, "Seconds are of the training steps alone; memory is the most that the run's process held, its libraries "
-            "and the base included (on a GPU: the most that tensors held)."]
+    return [*found, METHOD, "Seconds are of the training steps alone; memory is the most that the run's process held, its "
+            "libraries and the base included (on a GPU: the most that tensors held)."]
 
 
 def environment() -> dict:
@@ -101,7 +100,8 @@ def _data_section(data: DataTable) -> list[str]:
     if ties := [f"`{r.label}`" for r in data.rows if r.tie]:
         lines += ["", f"Tied with `{data.rows[0].label}`: {', '.join(ties)}."]
     if data.equal_parameters:
-        lines += ["", f"Nearest to {data.budget:,} trained parameters, the best first: {', '.join(f'`{x}`' for x in data.equal_parameters)}."]
+        lines += ["", f"Nearest to {data.budget:,} trained parameters, the best first: "
+                  + ", ".join(f"`{x}`" for x in data.equal_parameters) + "."]
     if data.seconds and len(data.equal_time) > 1:
         then = sorted(data.equal_time.items(), key=lambda item: item[1])
         lines += ["", f"Validation loss after {data.seconds:.3g} s of training: "

@@ -100,7 +100,8 @@ def line(row: Row) -> dict:
     low, high = row.rank
     interval = row.score.interval
     return {"label": row.label, "failed": "", "place": f"{low}" if low == high else f"{low}–{high}", "tie": row.tie,
-            "score": digits(row.score.value), "interval": f"{digits(interval[0])} to {digits(interval[1])}" if interval else "unknown",
+            "score": digits(row.score.value),
+            "interval": f"{digits(interval[0])} to {digits(interval[1])}" if interval else "unknown",
             "loss": digits(row.loss), "rate": f"{row.lr:g}", "edge": row.edge, "trained": f"{row.trainable:,}",
             "share": f"{row.trainable / row.total:.2%}", "forgetting": f"{row.forgetting.value:+.3f}" if row.forgetting else "–",
             "seeds": f"{row.seeds}" + (f", {len(row.failed)} failed" if row.failed else ""),

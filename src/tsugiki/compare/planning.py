@@ -80,7 +80,8 @@ class Planned:
                 "methods": {label: {"trainable": p.trainable, "share": p.trainable / p.total, "memory_bytes": p.memory,
                                     "seconds_a_step": p.step_seconds} for label, p in self.plans.items()},
                 "refused": dict(self.refused),
-                "data": {name: {"steps": size.steps, "tokens_of_a_row": round(size.row_tokens, 1)} for name, size in self.loads.items()}}
+                "data": {name: {"steps": size.steps, "tokens_of_a_row": round(size.row_tokens, 1)}
+                         for name, size in self.loads.items()}}
 
 
 def planned(study: Study, parts: Mapping[str, Parts], results: Mapping[str, dict], rehearse: bool = True) -> Planned:

@@ -134,7 +134,8 @@ def scatter(title: str, x_title: str, points: Sequence[Point], larger: bool, log
     spots = [(place_x(p.x), place_y(p.y)) for p in points]
     labels = labelled(spots, [cut(p.label) for p in points])
     marks = tuple(Mark(p.label, cut(p.label), x, y, (place_y(p.low), place_y(p.high)) if p.low is not None else None, lx, ly,
-                       gap(x, y, lx, ly, cut(p.label)) > 2 * DOT, p in front) for p, (x, y), (lx, ly) in zip(points, spots, labels, strict=True))
+                       gap(x, y, lx, ly, cut(p.label)) > 2 * DOT, p in front)
+                  for p, (x, y), (lx, ly) in zip(points, spots, labels, strict=True))
     line, _ = path([(place_x(p.x), place_y(p.y)) for p in sorted(front, key=lambda p: p.x)])
     about = "; ".join(f"{p.label}: {short(p.x)}, {digits(p.y)}" for p in points)
     return Scatter(title, x_title, f"{about}. Not beaten in both: {', '.join(p.label for p in front)}.", marks, line,
@@ -213,7 +214,8 @@ def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
-def multiples(series: Mapping[str, Sequence[tuple[float, float]]], log: bool, marks: Mapping[str, float], digits) -> Multiples | None:
+def multiples(series: Mapping[str, Sequence[tuple[float, float]]], log: bool, marks: Mapping[str, float],
+              digits) -> Multiples | None:
     """A panel a method over one pair of axes, all others faint behind it. High values are drawn at the upper edge.
 
     marks: the x of a method's chosen point.
@@ -250,5 +252,6 @@ def multiples(series: Mapping[str, Sequence[tuple[float, float]]], log: bool, ma
         panels.append(Small(name, line, tuple(d for d in drawn[name] if d), mark, note + (f" ✗{gone}" if gone and good else "")))
     others = " ".join(line for line in (path(places)[0] for places in drawn.values()) if line)
     about = "; ".join(f"{p.title}: {p.note}" for p in panels)
-    return Multiples(tuple(panels), others, tuple(Tick(place((v, low))[0], t) for v, t in x_ticks[::max(1, math.ceil(len(x_ticks) / 3))]),
+    few = x_ticks[::max(1, math.ceil(len(x_ticks) / 3))]
+    return Multiples(tuple(panels), others, tuple(Tick(place((v, low))[0], t) for v, t in few),
                      tuple(Tick(place((x_ticks[0][0] if x_ticks else 1, v))[1], t) for v, t in y_ticks), about)

@@ -58,7 +58,8 @@ def prepare(study: Study, say: Callable[[str], None], save: bool = True,
     parts = {}
     for name in study.names():
         parts[name] = read_parts(study, name, lambda line, name=name: say(f"{name}: {line}"))
-        for what, rows in (("to train on", parts[name].train), ("of validation", parts[name].validation), ("of test", parts[name].test)):
+        for what, rows in (("to train on", parts[name].train), ("of validation", parts[name].validation),
+                           ("of test", parts[name].test)):
             if not rows:
                 raise UserError(f"data: {name} has no rows {what}; give more rows, or files (data.eval, validation)")
     store = Store(study.out)

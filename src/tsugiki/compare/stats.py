@@ -10,8 +10,9 @@ METHOD = ("Intervals are at 95 %. A score is the mean over seeds and test rows; 
           "plus that of the seeds' means over seeds (each counts what they share, so the sum is, if anything, too large), and the "
           "interval is Student's t with Satterthwaite's degrees of freedom. A few seeds say little of their spread, so it is taken "
           "from all methods together, or from the method's own seeds where that is larger. Two methods are compared by the same "
-          "test on the differences, row by row and seed by seed (where a metric gives no number a row, as corpus BLEU, seed by seed "
-          "alone); p values are Holm-corrected over all pairs of a data set. Two methods whose corrected p is at least 0.05 are tied.")
+          "test on the differences, row by row and seed by seed (where a metric gives no number a row, as corpus BLEU, seed by "
+          "seed alone); p values are Holm-corrected over all pairs of a data set. Two methods whose corrected p is at least 0.05 are "
+          "tied.")
 Matrix = Sequence[Sequence[float]]                    # (seeds, rows)
 
 
@@ -131,12 +132,14 @@ def compared(tables: Mapping[str, Mapping[int, Sequence[float]]]) -> dict[tuple[
     return found
 
 
-def ranks(names: Sequence[str], pairs: Mapping[tuple[str, str], tuple[float, float | None]], larger: bool) -> dict[str, tuple[int, int]]:
+def ranks(names: Sequence[str], pairs: Mapping[tuple[str, str], tuple[float, float | None]],
+          larger: bool) -> dict[str, tuple[int, int]]:
     """The best and the worst place that each may have: only a difference that is not a tie moves it."""
     def beats(a: str, b: str) -> bool:
         value, p = pairs[a, b]
         return p is not None and p < LEVEL and (value > 0 if larger else value < 0)
-    return {a: (1 + sum(beats(b, a) for b in names if b != a), len(names) - sum(beats(a, b) for b in names if b != a)) for a in names}
+    return {a: (1 + sum(beats(b, a) for b in names if b != a), len(names) - sum(beats(a, b) for b in names if b != a))
+            for a in names}
 
 
 def tail(t: float, df: float) -> float:

@@ -97,7 +97,8 @@ class Store:
             except (yaml.YAMLError, ValueError):
                 old = None
             if not isinstance(old, dict):
-                raise UserError(f"{path}: is damaged, so what this study was is not known; choose another --out or delete the folder")
+                raise UserError(f"{path}: is damaged, so what this study was is not known; choose another --out or "
+                                "delete the folder")
             for key in FIXED:
                 if difference := _difference(old.get(key), now[key], key):
                     raise UserError(f"{self.out}: holds another study ({difference}); choose another --out or delete it")

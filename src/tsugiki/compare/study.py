@@ -16,7 +16,8 @@ HOLDOUT = 0.1                                         # share of the rows that a
 LOG_POINTS = 40                                       # lines of a run's training loss
 ALONE = "base"                                        # the cell that scores the base as it is
 # Keys of a run that a study sets itself, and what to give instead.
-VARIED = {"method": "methods", "train.lr": "rates", "train.seed": "seeds", "train.eval_steps": "curve_points", "train.log_steps": ""}
+VARIED = {"method": "methods", "train.lr": "rates", "train.seed": "seeds", "train.eval_steps": "curve_points",
+          "train.log_steps": ""}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +25,11 @@ class Study:
     """What `tsugiki compare` needs besides a run's own keys."""
     out: str | None = option(None, "folder of the study; what is there is not made again")
     methods: list[dict] = option(lambda: [{"name": n} for n in ("lora", "series", "prefix")],
-                                 "names, or a name with fields; a list as a field's value is an axis, as {name: lora, rank: [4, 16]}")
+                                 "names, or a name with fields; a list as a field's value is an axis, as {name: lora, rank: [4, 8]}")
     rates: list[float] = option(list, "learning rates of every method (default, 'auto': each method's own times the factors)")
     factors: list[float] = option(lambda: [0.3, 1.0, 3.0], "the rates tried are a method's recommended rate times these")
     extend: int = option(2, "while the best rate is at the grid's edge, try one beyond it, at most so often (auto only)", low=0)
-    search: str = option("grid", "grid: every rate in full length; halving: short runs first, the better half goes on, twice as long",
+    search: str = option("grid", "grid: every rate in full length; halving: short runs first, the better half goes on, longer",
                          ("grid", "halving"))
     select: str = option("loss", "what a rate is chosen by, on the validation rows: their loss, or the metric", ("loss", "metric"))
     seeds: list[int] = option(lambda: [0, 1, 2], "seeds of the final runs; the first one also searches the rates")
@@ -204,7 +205,9 @@ def _axis(name: str, key: str, value) -> list:
 
 
 def _short(value) -> str:
-    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def steps_of(cfg: RunConfig, rows: int) -> int:

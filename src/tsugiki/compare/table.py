@@ -176,7 +176,8 @@ def scores_by_seed(runs: Sequence[tuple[Cell, dict]], metric: str) -> dict[int, 
     rows = {c.seed: r["test"].get("rows") or [] for c, r in runs}
     values = {c.seed: r["test"][metric] for c, r in runs}
     length = len(next(iter(rows.values())))
-    fits = length and all(len(rows[s]) == length and abs(sum(rows[s]) / length - v) <= SAME * max(1, abs(v)) for s, v in values.items())
+    fits = length and all(len(rows[s]) == length and abs(sum(rows[s]) / length - v) <= SAME * max(1, abs(v))
+                          for s, v in values.items())
     return rows if fits else {s: [v] for s, v in values.items()}
 
 

@@ -194,7 +194,8 @@ def curve(done: Result) -> list[dict]:
     for line in lines:
         if "eval" in line and line["step"] in at:
             there = at[line["step"]]
-            found.append({"step": line["step"], "tokens": there["tokens"], "seconds": there["seconds"], "loss": line["eval"]["loss"]})
+            found.append({"step": line["step"], "tokens": there["tokens"], "seconds": there["seconds"],
+                          "loss": line["eval"]["loss"]})
     return found
 
 

@@ -63,7 +63,9 @@ def page(template: Path) -> jinja2.Template:
 
 def printable(value):
     """What a browser may not be given (control characters, halves of a character) becomes a visible mark."""
-    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    if isinstance(value, Markup) or not isinstance(value, str):       # markup is the page's own, its values went through here
+        return value
+    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value)
 
 
 def shown(value) -> str:
