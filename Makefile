@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench speed methods docs clean
+.PHONY: help install demo test lint bench speed methods study docs clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\): *[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -38,6 +38,13 @@ speed: $(READY)  ## tokens/s of LoRA at SmolLM2-135M's shape beside Trainer with
 methods: $(READY)  ## train every method on SST-2 (DATA=its folder), three seeds; write the table in docs/methods.md. Hours; goes on
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/methods_sst2.py --data "$(DATA)"
 	$(BIN)/python scripts/make_docs.py --sst2
+
+study: $(READY)  ## compare eleven methods on three data sets (DATA=their folder), WORKERS processes; writes docs/study. Hours; goes on
+	$(BIN)/python benchmarks/study/prepare.py --data "$(DATA)" --out runs/study-data
+	for i in $$(seq $(WORKERS)); do OMP_NUM_THREADS=1 $(BIN)/tsugiki compare --config benchmarks/study/study.yaml $(ARGS) || echo stopped > runs/study-data/failed & done; wait
+	@test ! -f runs/study-data/failed || { rm runs/study-data/failed; echo "stopped; make study goes on from here"; exit 1; }
+	mkdir -p docs/study
+	cp runs/study/results.csv runs/study/results.md runs/study/report.html docs/study/
 
 docs: $(READY)  ## write docs/configuration.md, docs/methods.md and the README's table of methods anew from the code
 	$(BIN)/python scripts/make_docs.py

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -88,8 +89,8 @@ def compare(study: Study, *, quiet: bool = False, retry: bool = False, say: Call
     except KeyboardInterrupt:
         left = len(expected(study, store.results(), plan.lengths))
         write_all(store, tabled(study, store.results(), plan.lengths), study, parts)
-        raise Stopped(f"stopped; {len(store.results())} runs are kept in {store.out}, about {left} are left; "
-                      "the same command goes on from here") from None
+        raise Stopped(f"{len(store.results())} runs are kept in {store.out}, about {left} are left; the same command goes on "
+                      "from here") from None
     finally:
         work.close()
     tidy(study, store, plan)
@@ -99,9 +100,15 @@ def compare(study: Study, *, quiet: bool = False, retry: bool = False, say: Call
 
 
 def worker() -> subprocess.Popen:
-    """A new worker process: tsugiki.compare.worker."""
-    return subprocess.Popen([sys.executable, "-m", "tsugiki.compare.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            text=True, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
+    """A new worker process: tsugiki.compare.worker. Ctrl-C is not for it: the run in its child saves itself, and it waits."""
+    ours = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ours else None       # inherited, also while it imports
+    try:
+        return subprocess.Popen([sys.executable, "-m", "tsugiki.compare.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                text=True, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
 
 
 class Work:

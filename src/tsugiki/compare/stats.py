@@ -10,9 +10,9 @@ METHOD = ("Intervals are at 95 %. A score is the mean over seeds and test rows; 
           "plus that of the seeds' means over seeds (each counts what they share, so the sum is, if anything, too large), and the "
           "interval is Student's t with Satterthwaite's degrees of freedom. A few seeds say little of their spread, so it is taken "
           "from all methods together, or from the method's own seeds where that is larger. Two methods are compared by the same "
-          "test on the differences, row by row and seed by seed (where a metric gives no number a row, as corpus BLEU, seed by "
-          "seed alone); p values are Holm-corrected over all pairs of a data set. Two methods whose corrected p is at least 0.05 are "
-          "tied.")
+          "test on the differences, row by row and seed by seed (where a metric gives no number a row, as corpus BLEU, by "
+          "seeds alone); p values are Holm-corrected over all pairs of a data set. Two methods whose corrected p is at least 0.05 "
+          "are tied.")
 Matrix = Sequence[Sequence[float]]                    # (seeds, rows)
 
 

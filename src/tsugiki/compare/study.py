@@ -25,7 +25,7 @@ class Study:
     """What `tsugiki compare` needs besides a run's own keys."""
     out: str | None = option(None, "folder of the study; what is there is not made again")
     methods: list[dict] = option(lambda: [{"name": n} for n in ("lora", "series", "prefix")],
-                                 "names, or a name with fields; a list as a field's value is an axis, as {name: lora, rank: [4, 8]}")
+                                 "names, or a name with fields; a list as a field's value is an axis: {name: lora, rank: [4, 8]}")
     rates: list[float] = option(list, "learning rates of every method (default, 'auto': each method's own times the factors)")
     factors: list[float] = option(lambda: [0.3, 1.0, 3.0], "the rates tried are a method's recommended rate times these")
     extend: int = option(2, "while the best rate is at the grid's edge, try one beyond it, at most so often (auto only)", low=0)
