@@ -12,7 +12,7 @@ LEFT, RIGHT, TOP, BOTTOM, HEIGHT = 50, 386, 14, 262, 306
 NAMES, LINE = 146, 25                                 # of the ranking: room for names, height of a line
 SMALL = (220, 140)                                    # a small multiple's viewBox
 SMALL_FRAME = (42, 212, 10, 112)                      # left, right, top, bottom
-CHARACTER, TALL = 7.0, 13.0                           # a label's room: a character's width, its height
+CHARACTER, TALL = 7.9, 14.0                           # a label's room: a character's width, its height
 LONGEST = 17                                          # characters of a label; a longer one is cut
 DOT = 5.0
 
