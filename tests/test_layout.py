@@ -48,8 +48,8 @@ GRAPH: dict[str, set[str]] = {
     "api": {"config", "core", "data", "errors", "evaluate", "load", "methods", "train", "weights"},
     "compare": {"config", "data", "errors", "evaluate", "load", "memory", "methods", "plan", "train"},
     "top": {"api", "config", "core", "errors", "load", "methods", "sites"},
-    "cli": {"api", "capabilities", "combine", "compare", "config", "core", "data", "errors", "evaluate", "formats", "load", "methods",
-            "plan", "train"},
+    "cli": {"api", "capabilities", "combine", "compare", "config", "core", "data", "errors", "evaluate", "formats", "load",
+            "methods", "plan", "train"},
 }
 # Imports against the stream, made inside a function when it is called. Each has its reason.
 UPWARD = {
