@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint harness tasks bench speed methods replay docs clean
+.PHONY: help install demo test lint harness tasks bench speed methods replay study docs clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\): *[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -48,6 +48,13 @@ methods: $(READY)  ## train every method on SST-2 (DATA=its folder), three seeds
 
 replay: $(READY)  ## the replay study on TinyStories and novels (DATA=folder of both); ~15 minutes, goes on, results in benchmarks/results
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/replay_study.py --data "$(DATA)" $(ARGS)
+
+study: $(READY)  ## compare eleven methods on three data sets (DATA=their folder), WORKERS processes; writes docs/study. Hours; goes on
+	$(BIN)/python benchmarks/study/prepare.py --data "$(DATA)" --out runs/study-data
+	for i in $$(seq $(WORKERS)); do OMP_NUM_THREADS=1 $(BIN)/tsugiki compare --config benchmarks/study/study.yaml $(ARGS) || echo stopped > runs/study-data/failed & done; wait
+	@test ! -f runs/study-data/failed || { rm runs/study-data/failed; echo "stopped; make study goes on from here"; exit 1; }
+	mkdir -p docs/study
+	cp runs/study/results.csv runs/study/results.md runs/study/report.html docs/study/
 
 docs: $(READY)  ## write docs/configuration.md, docs/methods.md and the README's table of methods anew from the code
 	$(BIN)/python scripts/make_docs.py

@@ -43,11 +43,13 @@ GRAPH: dict[str, set[str]] = {
     "train": {"config", "core", "data", "errors", "evaluate", "formats", "kernels", "load", "memory", "methods", "sites",
               "train.loss", "weights"},
     "capabilities": {"combine", "core", "errors", "formats", "load", "methods", "sites", "weights"},
-    "plan": {"config", "core", "data", "errors", "evaluate", "formats", "kernels", "load", "methods", "train"},
+    "plan": {"config", "core", "data", "errors", "evaluate", "formats", "kernels", "load", "methods", "sites",
+             "train"},
     "api": {"config", "core", "data", "errors", "evaluate", "load", "methods", "train", "weights"},
+    "compare": {"config", "data", "errors", "evaluate", "load", "memory", "methods", "plan", "train"},
     "top": {"api", "config", "core", "errors", "load", "methods", "sites"},
-    "cli": {"api", "capabilities", "combine", "config", "core", "data", "errors", "evaluate", "formats", "load", "methods", "plan",
-            "train"},
+    "cli": {"api", "capabilities", "combine", "compare", "config", "core", "data", "errors", "evaluate", "formats", "load",
+            "methods", "plan", "train"},
 }
 # Imports against the stream, made inside a function when it is called. Each has its reason.
 UPWARD = {

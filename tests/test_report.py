@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from tsugiki.train.chart import HEIGHT, MOST_POINTS, WIDTH, chart, nice_ticks
-from tsugiki.train.report import TEMPLATE, write_report
+from tsugiki.train.report import STYLE, write_report
 
 HOSTILE = "</title></script><script>alert(1)</script><img src=x onerror='alert(2)'>"
 HOSTILE += "\"{{ 7 * 7 }}{% raw %}&lt;\x00\x1b\ud800"
@@ -199,7 +199,7 @@ def luminance(colour: str) -> float:
 
 
 def test_text_contrast_in_light_and_dark():
-    blocks = re.findall(r":root \{(.*?)\}", TEMPLATE.read_text(encoding="utf-8"), re.S)
+    blocks = re.findall(r":root \{(.*?)\}", STYLE.read_text(encoding="utf-8"), re.S)
     assert len(blocks) == 2
     for block in blocks:
         colours = dict(re.findall(r"--(\w+): (#\w{6})", block))

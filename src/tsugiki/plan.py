@@ -28,6 +28,7 @@ from tsugiki.load import base_path, load_tokenizer, stored_dtype
 from tsugiki.methods import Full
 from tsugiki.rates import seconds
 from tsugiki.rehearsal import Ledger
+from tsugiki.sites import width as hidden_width
 from tsugiki.tap import base_parameters
 from tsugiki.train.log import Bar
 from tsugiki.train.loop import Job, Steps
@@ -115,6 +116,19 @@ def plan(base: str, config: Config, *, tokens: int = 4096, length: int | None = 
     weights, optimizer = found.weights, found.optimizer
     return Plan(config.name, found.total, found.trainable, weights, optimizer, max(found.early, found.late) - weights - optimizer,
                 found.saved, found.checkpoint, found.tokens, found.flops, found.seconds, rehearsed)
+
+
+def counted(base: str, config: Config, trust_remote_code: bool = False) -> tuple[int, int, int]:
+    """(all parameters, the trained ones, the base's hidden width), without weights and without a step."""
+    read = base_config(base, trust_remote_code)
+    case = _Case(config, 1, 2, 1.0, torch.float32, torch.device("cpu"), torch.float32, False, _tokenizer(base, trust_remote_code))
+    try:
+        with Ledger():
+            made = _set_up(case, read)
+            return (*_sizes(*made), hidden_width(made[0]))
+    except RuntimeError:                              # its start depends on numbers
+        made = _set_up(case, read)
+        return (*_sizes(*made), hidden_width(made[0]))
 
 
 @cache

@@ -69,11 +69,12 @@ class Bar:
         now = time.monotonic()
         if not self.quiet and (now - self.last >= self.every or done == self.total):
             left = (now - self.start) / max(1, done - self.first) * (self.total - done)
-            print(f"{self.what} {done}/{self.total} {note} {_clock(left)} left", file=sys.stderr, flush=True)
+            print(f"{self.what} {done}/{self.total} {note} {clock(left)} left", file=sys.stderr, flush=True)
             self.last = now
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """`4:05`, or `1:04:05`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -9,11 +9,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup
 
 from tsugiki.train.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, as_float, chart, short
 from tsugiki.train.scoring import SCORES
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+STYLE = Path(__file__).with_name("style.css.j2")     # of this page and of a study's
 LOSSES = ("train loss", "held-out loss")             # drawn in one chart; every other curve has its own
 CURVES = {"loss": "train loss", "lr": "learning rate", "norm": "gradient norm", "tokens_per_second": "tokens/s"}
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
@@ -38,9 +40,6 @@ def write_report(path: str | Path, run: Mapping) -> None:
 
 def render(run: Mapping) -> str:
     """The page as text."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-                                     lstrip_blocks=True, finalize=printable)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     curves = run.get("curves") or {}
     groups: dict[str, dict] = {"Loss": {name: curves[name] for name in LOSSES if name in curves}}
     for name, points in curves.items():
@@ -50,7 +49,7 @@ def render(run: Mapping) -> str:
         elif name not in LOSSES:
             groups[name[:1].upper() + name[1:]] = {name: points}
     charts = [made for made in (chart(title, series) for title, series in groups.items()) if made]
-    return template.render(
+    return page(TEMPLATE).render(
         title=run.get("title") or "Training run", charts=charts,
         summary=[(label, shown(value)) for label, value in (run.get("summary") or {}).items()],
         scores=[score(metric, entry or {}) for metric, entry in (run.get("before_after") or {}).items()],
@@ -86,9 +85,19 @@ def table_of(before: Mapping, after: Mapping, sources_before: Mapping, sources_a
                     for name, s in sources_after.items() for key in ("loss", "perplexity")}
 
 
+def page(template: Path) -> jinja2.Template:
+    """A template with the pages' style, in which every value is escaped and printable."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+                                     lstrip_blocks=True, finalize=printable)
+    environment.globals["style"] = Markup(STYLE.read_text(encoding="utf-8"))
+    return environment.from_string(template.read_text(encoding="utf-8"))
+
+
 def printable(value):
     """What a browser may not be given (control characters, halves of a character) becomes a visible mark."""
-    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value) if isinstance(value, str) else value
+    if isinstance(value, Markup) or not isinstance(value, str):       # markup is the page's own, its values went through here
+        return value
+    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", value)
 
 
 def shown(value) -> str:
