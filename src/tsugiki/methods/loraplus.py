@@ -15,7 +15,7 @@ class LoRAPlus(LoRA):
 
     name: ClassVar[str] = "loraplus"
     lr: ClassVar[float] = 5e-5                        # A's
-    small_lr: ClassVar[float] = 1e-3
+    small_lr: ClassVar[float] = 5e-4
 
     def lr_scale(self, key: str) -> float:
         return self.ratio if key.endswith(".B") else 1.0
