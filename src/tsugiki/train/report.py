@@ -78,7 +78,7 @@ def curves_of(lines: Iterable[Mapping], scores: Mapping[str, str]) -> dict[str, 
 
 def table_of(before: Mapping, after: Mapping, sources_before: Mapping, sources_after: Mapping) -> dict:
     """Scores before and after, of the data and of each source whose held-out text was watched."""
-    table = {key: {"before": before.get(key), "after": after.get(key), "n": after.get("n"),
+    table = {key: {"before": before.get(key), "after": after.get(key), "n": after.get("n") if key != "held_out_loss" else None,
                    "interval": after.get("interval") if key == after.get("metric") else None}
              for key in SCORES if key in after}
     return table | {f"{key} on {name}": {"before": sources_before[name][key], "after": s[key], "n": s["n"]}
