@@ -10,11 +10,12 @@ import torch
 from kit import PAD, TOKENIZER, lines, llama, write
 
 from tsugiki.compare import study_of, worker
+from tsugiki.compare.page import side_by_side
 from tsugiki.compare.planning import planned
 from tsugiki.compare.rows import read_parts
 from tsugiki.compare.schedule import Lengths, choice, ranked
 from tsugiki.compare.study import Cell, Variant
-from tsugiki.compare.table import tabled
+from tsugiki.compare.table import DataTable, tabled
 from tsugiki.data import Renderer
 from tsugiki.errors import UserError
 from tsugiki.evaluate import tasks
@@ -66,6 +67,10 @@ def test_a_task_is_asked_in_a_study_as_the_runs_are_trained(chat, base, tmp_path
     assert found == want and found.unanswered == 0, "rows longer than train.max_length are scored, as in a run"
     other = tasks.score(model, renderer, tasks.load(scoring.task, chat=not chat), scoring, PAD, room(model))
     assert other.loss != found.loss, "the shape matters"
+    shown = worker.shown_of(found, parts, 3)
+    assert parts.samples(3) == [(c.prompt_text, i.gold) for i, c in zip(parts.task.items, parts.test[:3], strict=False)]
+    assert shown["right"] == [a == gold for a, (_, gold) in zip(shown["answers"], parts.samples(3), strict=True)]
+    assert {True, False} == set(worker.shown_of(found, parts, 9)["right"]), "by the metric, not by the text of the answer"
 
 
 def test_a_bleu_task_in_a_study_is_ranked_by_seeds_though_one_method_answers_nothing(base, tmp_path):
@@ -132,3 +137,10 @@ def test_a_rate_chosen_by_its_metric_is_the_best_by_it(metric, values, best):
     results = {c.key: {"validation": {"metric": metric, metric: v, "loss": 1.0}} for c, v in zip(cells, values, strict=True)}
     assert ranked(made, cells, results)[0] == cells[best]
     assert choice(made, "data", BITFIT, results, Lengths(64, {"data": 4})).lr == made.rates[best]
+
+
+def test_a_page_marks_an_answer_as_its_metric_does():
+    answers = {"a": (("So it is 18.", True), ("17", False)), "b": (("18", None),)}
+    table = DataTable("data", "accuracy", 2, None, (), {}, {}, {}, answers, {}, 0.0, (), None)
+    first, second = side_by_side(table, [("9 + 9?", "18"), ("8 + 9?", "18")])
+    assert first["answers"] == [("a", "So it is 18.", True), ("b", "18", True)] and second["answers"] == [("a", "17", False)]

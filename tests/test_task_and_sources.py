@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from kit import config, go, left, lines, llama, metrics, result_bits, same, write
+from kit import TOKENIZER, config, go, left, lines, llama, metrics, result_bits, same, write
 from safetensors.torch import load_file
 
 from tsugiki.config import RunConfig, build
+from tsugiki.errors import UserError
 from tsugiki.evaluate import tasks
 from tsugiki.train import scoring
+from tsugiki.train.run import read_rows, run
 
 STRANGE = [{"text": t} for t in ("日本語の文章です。", "猫が好きです。", "Ünïcödé çà et là", "12345 67890 日本", "好きな文章 là")]
 
@@ -117,3 +119,15 @@ def test_the_page_shows_the_task_the_held_out_rows_and_each_source(tmp_path):
             re.findall(r'<tr><th scope="row">([^<]+)</th>(.*)', page)}
     assert rows["accuracy"][-1] == "8" and rows["held_out_loss"][-1] != "8", "n of a row is of that row"
     assert rows["loss on source"][-1] == str(len(STRANGE))
+
+
+def test_a_folder_that_holds_other_things_keeps_them(tmp_path):
+    """Tokens are written beside the run, so the folder is looked at first; what a user called "tokens" is not theirs to delete."""
+    for name in ("notes", "tokens"):
+        out = tmp_path / name / "run"
+        (out / "tokens").mkdir(parents=True)
+        (out / ("tokens/mine.txt" if name == "tokens" else "mine.txt")).write_text("keep")
+        cfg = run_config(out, {"streaming": "on"}, forgetting="off", steps=2)
+        with pytest.raises(UserError, match="is not empty and holds no run|is not a run's tokens"):
+            run(llama(), TOKENIZER, cfg, read_rows(cfg, lambda line: None), quiet=True)
+        assert [p.read_text() for p in out.rglob("mine.txt")] == ["keep"]

@@ -36,6 +36,10 @@ class Parts:
             asked.setdefault(c.prompt_text, (n, c))
         return list(asked.values())[:count]
 
+    def samples(self, count: int) -> list[tuple[str, str]]:
+        """(prompt, expected answer) of those."""
+        return [(c.prompt_text, self.task.items[n].gold if self.task else c.reference) for n, c in self.shown(count)]
+
 
 def read_parts(study: Study, data: str, say: Callable[[str], None] = lambda line: None) -> Parts:
     """Read and check the files of a data set, and hold out what rates are chosen on. Raises UserError for bad rows."""

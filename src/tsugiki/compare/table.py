@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from tsugiki.compare.schedule import Choice, Lengths, choice, finals
 from tsugiki.compare.sizes import equal_parameters
@@ -58,7 +59,7 @@ class DataTable:
     pairs: Mapping[tuple[str, str], tuple[float, float | None]]
     curves: Mapping[str, tuple[dict, ...]]            # by label: validation loss along the run, mean over seeds
     sweeps: Mapping[str, tuple[tuple[float, float], ...]]        # by label: (rate, validation loss) of the runs that chose
-    answers: Mapping[str, tuple[str, ...]]
+    answers: Mapping[str, tuple[tuple[str, bool | None], ...]]        # by label: what was answered, whether it is right
     equal_time: Mapping[str, float]                   # by label: validation loss at `seconds` of training
     seconds: float
     equal_parameters: tuple[str, ...]                 # labels, nearest to the budget
@@ -159,7 +160,7 @@ def _of_data(study: Study, data: str, chosen: Mapping[str, Choice], last: Mappin
     equal = {v.label for v in equal_parameters(counts, budget).values()} if budget else set()
     return DataTable(data, metric, there[0]["test"]["n"] if there else 0, _base(base, metric), tuple(rows), pairs, curves,
                      {label: sweep(c, results) for label, c in chosen.items()},
-                     {label: tuple(test.get("answers", ())) for label, test in answers.items()},
+                     {label: tuple(zip_longest(test.get("answers", ()), test.get("right", ()))) for label, test in answers.items()},
                      {label: at(points, seconds) for label, points in curves.items()}, seconds,
                      tuple(r.label for r in rows if r.label in equal), budget)
 

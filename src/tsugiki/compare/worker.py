@@ -141,8 +141,7 @@ def scores(study: Study, cell: Cell, cfg: RunConfig, model: nn.Module, tokenizer
         found["validation"] = evaluate(model, renderer, parts.validation, scoring, pad_id(tokenizer), limit).plain()
     if cell.test:
         score = tested(model, renderer, parts, scoring, pad_id(tokenizer), limit)
-        found["test"] = score.plain() | {"rows": [round(r, 6) for r in score.rows],
-                                         "answers": answers_of(score, parts, study.samples)}
+        found["test"] = score.plain() | {"rows": [round(r, 6) for r in score.rows]} | shown_of(score, parts, study.samples)
         if study.general:
             found["general"] = general_loss(study, model, tokenizer, limit)
     return found
@@ -155,11 +154,15 @@ def tested(model: nn.Module, renderer: Renderer, parts: Parts, scoring: EvalConf
     return evaluate(model, renderer, parts.test, scoring, pad, limit)
 
 
-def answers_of(score: Score, parts: Parts, count: int) -> list[str]:
-    """The answers to `parts.shown`; where rows with one prompt are one answer, they come in the order of prompts."""
-    if len(score.answers) == len(parts.test):
-        return [score.answers[n] for n, _ in parts.shown(count)]
-    return list(score.answers[:count])
+def shown_of(score: Score, parts: Parts, count: int) -> dict:
+    """The answers to `parts.shown`, and which are right by a metric that says so; where rows with one prompt are one answer, they
+    come in the order of prompts."""
+    if not score.answers:
+        return {"answers": []}
+    numbers = [n for n, _ in parts.shown(count)] if len(score.results) == len(parts.test) else range(min(count, len(score.results)))
+    some = [score.results[n] for n in numbers]
+    right = {"right": [r.stats[0] == 1.0 for r in some]} if score.metric == "accuracy" else {}
+    return {"answers": [r.answer for r in some]} | right
 
 
 def general_loss(study: Study, model: nn.Module, tokenizer, limit: int) -> float:
