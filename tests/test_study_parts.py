@@ -124,7 +124,7 @@ def test_a_study_may_have_the_guard_and_patience_and_streams_nothing(base, tmp_p
     cfg = made.config(Cell("data", BITFIT, 1e-2, 0, 4))
     assert (cfg.train.forgetting, cfg.train.eval_steps, cfg.train.patience) == ("stop", 2, 3)
     with pytest.raises(UserError, match="data.streaming: on does not go with a study"):
-        read_parts(study(tmp_path, base, data=data | {"streaming": "on", "eval": [source]}), "data")
+        study(tmp_path, base, data=data | {"streaming": "on"})
     monkeypatch.setattr(sys.modules["tsugiki.train.sources"], "LARGE", 10)
     parts = read_parts(study(tmp_path, base, data=data | {"eval": [source], "replay": [source], "replay_ratio": 0.2}), "data")
     assert isinstance(parts.train, list) and isinstance(parts.sources.added[0].rows, list)

@@ -37,10 +37,8 @@ def paired_line(pair) -> str:
             f"p {pair.p:.3g} ({pair.test})")
 
 
-SCORES = ("accuracy", "bleu", "rouge_l", "held_out_loss", "loss", "perplexity")      # in the order they are shown
-
-
 def before_after(before: dict, after: dict) -> str:
+    from tsugiki.train.scoring import SCORES
     rows = [(key, f"{before[key]:.3f}" if key in before else "-", f"{after[key]:.3f}") for key in SCORES if key in after]
     return table(("held out", "before", "after"), rows) + f"\nn {after['n']}" + (
         "   95 % interval {:.3f} to {:.3f}".format(*after["interval"]) if after.get("interval") else "")

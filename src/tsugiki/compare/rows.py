@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from tsugiki.compare.study import Study
 from tsugiki.config import RunConfig, build, merge
 from tsugiki.data import Conversation, load_conversations, split
-from tsugiki.errors import UserError
 from tsugiki.evaluate.tasks import Task
 from tsugiki.train.run import Rows, columns_of, read_rows
 from tsugiki.train.sources import Sources
@@ -43,11 +42,7 @@ class Parts:
 
 def read_parts(study: Study, data: str, say: Callable[[str], None] = lambda line: None) -> Parts:
     """Read and check the files of a data set, and hold out what rates are chosen on. Raises UserError for bad rows."""
-    values = study.values(data)
-    if build(RunConfig, values).data.streaming == "on":
-        raise UserError(f"data.streaming: on does not go with a study, whose runs of {data} share their rows in memory; "
-                        "leave it out, or train one method at a time")
-    cfg = build(RunConfig, merge(values, {"train": {"seed": study.data_seed}, "data": {"streaming": "off"}}))
+    cfg = build(RunConfig, merge(study.values(data), {"train": {"seed": study.data_seed}, "data": {"streaming": "off"}}))
     found = read_rows(cfg, say)
     if files := study.validation_files(data):
         train, validation = found.train, load_conversations(files, cfg.data.format, columns_of(cfg))
