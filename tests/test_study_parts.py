@@ -1,6 +1,7 @@
 """Where studies, tasks and mixed sources meet: what a run alone would do, a study does."""
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -144,3 +145,5 @@ def test_a_page_marks_an_answer_as_its_metric_does():
     table = DataTable("data", "accuracy", 2, None, (), {}, {}, {}, answers, {}, 0.0, (), None)
     first, second = side_by_side(table, [("9 + 9?", "18"), ("8 + 9?", "18")])
     assert first["answers"] == [("a", "So it is 18.", True), ("b", "18", True)] and second["answers"] == [("a", "17", False)]
+    text = dataclasses.replace(table, metric="bleu", answers={"a": (("18 it is", None),)})
+    assert side_by_side(text, [("9 + 9?", "18")])[0]["answers"] == [("a", "18 it is", None)], "a text is not right or wrong"

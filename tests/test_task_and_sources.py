@@ -13,9 +13,11 @@ from kit import TOKENIZER, config, go, left, lines, llama, metrics, result_bits,
 from safetensors.torch import load_file
 
 from tsugiki.config import RunConfig, build
+from tsugiki.data import Renderer
 from tsugiki.errors import UserError
 from tsugiki.evaluate import tasks
 from tsugiki.train import scoring
+from tsugiki.train.report import score
 from tsugiki.train.run import read_rows, run
 
 STRANGE = [{"text": t} for t in ("日本語の文章です。", "猫が好きです。", "Ünïcödé çà et là", "12345 67890 日本", "好きな文章 là")]
@@ -119,6 +121,16 @@ def test_the_page_shows_the_task_the_held_out_rows_and_each_source(tmp_path):
             re.findall(r'<tr><th scope="row">([^<]+)</th>(.*)', page)}
     assert rows["accuracy"][-1] == "8" and rows["held_out_loss"][-1] != "8", "n of a row is of that row"
     assert rows["loss on source"][-1] == str(len(STRANGE))
+
+
+def test_a_bleu_below_one_is_no_share_and_a_prompt_is_shown_once(tmp_path):
+    entry = {"before": 0.1, "after": 0.4, "n": 9, "interval": [0.3, 0.6]}
+    assert score("accuracy", entry)["bar"]["after"] == 40 and score("bleu", entry)["bar"] is None is score("loss", entry)["bar"]
+    cfg = run_config(tmp_path / "run")
+    rows = [{"q": q, "a": a} for q in ("one is", "two is", "six is") for a in ("five", "six")]
+    (tmp_path / "counting" / "test.json").write_text(json.dumps(rows))
+    picked, _ = scoring.samples(llama(), Renderer(TOKENIZER), [], tasks.load(cfg.eval.task), cfg.eval)
+    assert [(c.prompt_text, c.reference) for c in picked] == [("one is", " five"), ("two is", " five"), ("six is", " five")]
 
 
 def test_a_folder_that_holds_other_things_keeps_them(tmp_path):

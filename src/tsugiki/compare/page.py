@@ -134,7 +134,7 @@ def side_by_side(data: DataTable, samples: list) -> list[dict]:
     """The same test rows answered by the base and by each method with its first seed."""
     found = []
     for i, (prompt, expected) in enumerate(samples):
-        given = [(label, said.strip(), said.strip() == expected.strip() if right is None else right)
+        given = [(label, said.strip(), said.strip() == expected.strip() if right is None and data.metric == "accuracy" else right)
                  for label, answers in data.answers.items() for said, right in answers[i:i + 1]]
         if given:
             found.append({"prompt": prompt.strip(), "expected": expected.strip(), "answers": given})

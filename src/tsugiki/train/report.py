@@ -11,6 +11,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from tsugiki.evaluate.metrics import LOWER, TEXTS
 from tsugiki.train.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, as_float, chart, short
 from tsugiki.train.scoring import SCORES
 
@@ -137,7 +138,7 @@ def score(metric: str, entry: Mapping) -> dict:
         interval = []
     change = "–" if math.isnan(after - before) else ("−" if after < before else "+") + digits(abs(after - before))
     bar = None
-    if interval and all(0 <= end <= 1 for end in (*interval, after)):
+    if interval and metric not in (*LOWER, *TEXTS) and all(0 <= end <= 1 for end in (*interval, after)):
         bar = {"before": 100 * before if 0 <= before <= 1 else None, "after": 100 * after,
                "low": 100 * interval[0], "high": 100 * interval[1]}
     return {"metric": metric, "before": digits(before), "after": digits(after), "change": change, "bar": bar,
