@@ -22,12 +22,12 @@ import torch
 import transformers
 
 import tsugiki as tg
+from tsugiki.compare.stats import quantile
 from tsugiki.train.guard import rise
 
 RESULTS = Path(__file__).parent / "results" / "replay_study.json"
 RATIOS, METHODS = (0.0, 0.05, 0.2), ("full", "lora")
 HELD, REPLAYED = 32, 400                              # held-out passages of each side; passages of novels that may be replayed
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}   # half-width of a 95 % interval, in standard errors, by number of seeds
 
 
 def pretraining():
@@ -82,7 +82,7 @@ def spread(values: list[float]) -> str:
     """Mean and half-width of its 95 % interval (Student's t)."""
     if len(values) < 2:
         return f"{values[0]:.3f}"
-    return f"{mean(values):.3f} ± {STUDENT[len(values)] * stdev(values) / math.sqrt(len(values)):.3f}"
+    return f"{mean(values):.3f} ± {quantile(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values)):.3f}"
 
 
 def table(runs: dict) -> str:

@@ -52,10 +52,10 @@ class Forked:
 
 
 def study(out: Path, base: str, rows: str):
-    return study_of({"out": str(out), "base": base, "methods": ["lora", {"name": "ia3"}], "rates": [0.003, 0.03, 1e30],
+    return study_of({"out": str(out), "base": base, "methods": ["lora", {"name": "ia3"}], "rates": [0.03, 1e30],
                      "seeds": [0, 1], "curve_points": 3, "validation": 0.25, "general": [f"{rows}.txt"], "general_tokens": 64,
                      "data": {"files": [rows], "holdout": 0.3}, "eval": {"metric": "exact", "max_new_tokens": 3},
-                     "train": {"steps": 12, "batch_size": 4, "dtype": "fp32", "save_steps": 2}})
+                     "train": {"steps": 8, "batch_size": 4, "dtype": "fp32", "save_steps": 2}})
 
 
 def child(out: Path, base: str, rows: str) -> int:

@@ -216,3 +216,9 @@ def test_a_failed_report_leaves_the_old_one(tmp_path):
         write_report(tmp_path / "report.html", {"curves": "not curves"})
     assert (tmp_path / "report.html").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_what_a_killed_process_left_half_written_goes_with_the_next_page(tmp_path):
+    (tmp_path / ".report.html.4194305.partial").write_text("<!doc")
+    write_report(tmp_path / "report.html", {})
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]

@@ -14,8 +14,8 @@ rank them with intervals; methods that cannot be told apart are called tied.
   tsugiki compare --config study.yaml --plan               what it will take: runs, parameters, memory, time; trains nothing
   tsugiki compare --data rows.jsonl --methods lora series ia3 --parameters 100000 --general novel.txt --out runs/fair
 
-Rates are chosen on validation rows held out of the training rows; the test rows (--eval-data, or a tenth of the rows) are only
-scored with the chosen rate. The full length of a run is --epochs or --steps. --search halving spends less on bad rates.
+Rates are chosen on validation rows held out of the training rows; the test rows (--eval-data, --task, or a tenth of the rows) are
+only scored with the chosen rate. The full length of a run is --epochs or --steps. --search halving spends less on bad rates.
 The folder gets results.csv, results.md, report.html and every final run. Stopped by Ctrl-C, a kill or a power cut? The same
 command goes on; more methods, rates or seeds may be added; a second process given the same folder shares the work.
 """
@@ -23,7 +23,7 @@ command goes on; more methods, rates or seeds may be added; a second process giv
 KEYS = {"out": "out", "rates": "rates", "factors": "factors", "seeds": "seeds", "search": "search", "select": "select",
         "parameters": "parameters", "general": "general", "validation": "validation", "curve_points": "curve_points"}
 OF_A_RUN = ("base", "device", "bits", "data", "eval_data", "format", "prompt", "completion", "holdout", "max_rows", "epochs",
-            "steps", "batch_size", "max_length", "dtype", "metric", "compile")
+            "steps", "batch_size", "max_length", "dtype", "metric", "task", "task_data", "compile")
 
 
 def add(commands) -> None:
@@ -33,6 +33,8 @@ def add(commands) -> None:
     p.add_argument("--data", nargs="+", metavar="FILE", help="training rows: .jsonl .json .csv .tsv .parquet .txt, also .gz")
     p.add_argument("--eval-data", nargs="+", metavar="FILE", help="test rows (default: a tenth of the rows)")
     p.add_argument("--holdout", help="share of the rows that is the test, without --eval-data (0.1)")
+    p.add_argument("--task", help="a task as the test instead (tsugiki eval --task list)")
+    p.add_argument("--task-data", metavar="DIR", help="where the task's rows are")
     p.add_argument("--methods", nargs="+", metavar="M", help="as lora series lora:rank=4,16 full (lora series prefix)")
     p.add_argument("--rates", nargs="+", metavar="LR", help="auto (the default: around each method's recommended rate) or rates")
     p.add_argument("--factors", nargs="+", metavar="F", help="what auto multiplies the recommended rate with (0.3 1 3)")
@@ -53,7 +55,7 @@ def add(commands) -> None:
     for flag, text in (("max-rows", "use so many rows"), ("epochs", "passes over the rows (1)"),
                        ("steps", "optimizer steps, instead of epochs"), ("batch-size", "rows of one step (16)"),
                        ("max-length", "longest row in tokens (512)"), ("compile", "auto, on or off"),
-                       ("metric", "auto, exact, choice, bleu or loss")):
+                       ("metric", "auto, exact, number, choice, contains, regex, bleu, rouge_l, perplexity or loss")):
         p.add_argument(f"--{flag}", help=text)
     p.add_argument("--config", metavar="FILE", help="a YAML file of the same keys, and of several data sets; flags win over it")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",

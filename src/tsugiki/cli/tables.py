@@ -26,8 +26,11 @@ def score_line(score: dict) -> str:
     parts += [f"{key} {score[key]:.3f}" for key in ("bleu", "rouge_l", "held_out_loss") if key in score and key != metric]
     parts += [f"{key} {score[key]:.4g}" if key == "perplexity" else f"{key} {score[key]:.3f}" for key in rest if key != metric]
     parts += [f"the most frequent answer alone {score['majority']:.3f}"] if "majority" in score else []
-    parts += [f"{score['unanswered']} rows too long for the model, counted as wrong"] if score.get("unanswered") else []
-    return ", ".join(parts)
+    return ", ".join(parts) + _unanswered(score, ", ")
+
+
+def _unanswered(score: dict, between: str) -> str:
+    return f"{between}{score['unanswered']} rows too long for the model, counted as wrong" if score.get("unanswered") else ""
 
 
 def paired_line(pair) -> str:
@@ -37,10 +40,8 @@ def paired_line(pair) -> str:
             f"p {pair.p:.3g} ({pair.test})")
 
 
-SCORES = ("accuracy", "bleu", "rouge_l", "held_out_loss", "loss", "perplexity")      # in the order they are shown
-
-
 def before_after(before: dict, after: dict) -> str:
+    from tsugiki.train.scoring import SCORES
     rows = [(key, f"{before[key]:.3f}" if key in before else "-", f"{after[key]:.3f}") for key in SCORES if key in after]
-    return table(("held out", "before", "after"), rows) + f"\nn {after['n']}" + (
-        "   95 % interval {:.3f} to {:.3f}".format(*after["interval"]) if after.get("interval") else "")
+    return table(("score", "before", "after"), rows) + f"\nn {after['n']}" + (
+        "   95 % interval {:.3f} to {:.3f}".format(*after["interval"]) if after.get("interval") else "") + _unanswered(after, "   ")

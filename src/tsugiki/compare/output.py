@@ -22,7 +22,7 @@ from tsugiki.compare.table import DataTable, Row, Table
 def write_all(store: Store, table: Table, study: Study, parts: Mapping[str, Parts]) -> None:
     """Write the three files, each whole or not at all."""
     about = {"protocol": protocol(study, parts), "environment": environment(), "study": study.plain() | {"out": None},
-             "samples": {name: [(c.prompt_text, c.reference) for _, c in p.shown(study.samples)] for name, p in parts.items()}}
+             "samples": {name: p.samples(study.samples) for name, p in parts.items()}}
     store.write(store.out / "results.csv", csv_text(table))
     store.write(store.out / "results.md", markdown(table, about["protocol"]))
     store.write(store.out / "report.html", render(table, about))

@@ -9,7 +9,7 @@ from tsugiki.compare import plots
 from tsugiki.compare.plots import Point
 from tsugiki.compare.stats import LEVEL
 from tsugiki.compare.table import DataTable, Row, Table
-from tsugiki.train.chart import short
+from tsugiki.train.report import digits as of_number
 from tsugiki.train.report import exact, flat, page
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -134,8 +134,8 @@ def side_by_side(data: DataTable, samples: list) -> list[dict]:
     """The same test rows answered by the base and by each method with its first seed."""
     found = []
     for i, (prompt, expected) in enumerate(samples):
-        given = [(label, answers[i].strip(), answers[i].strip() == expected.strip())
-                 for label, answers in data.answers.items() if i < len(answers)]
+        given = [(label, said.strip(), said.strip() == expected.strip() if right is None and data.metric == "accuracy" else right)
+                 for label, answers in data.answers.items() for said, right in answers[i:i + 1]]
         if given:
             found.append({"prompt": prompt.strip(), "expected": expected.strip(), "answers": given})
     return found
@@ -143,6 +143,4 @@ def side_by_side(data: DataTable, samples: list) -> list[dict]:
 
 def digits(value: float | None) -> str:
     """Three decimals for a score, four digits for anything larger."""
-    if value is None or math.isnan(value):
-        return "–"
-    return f"{value:.3f}" if abs(value) < 10 else short(value)
+    return of_number(math.nan if value is None else value)

@@ -115,7 +115,9 @@ def _load_of(study: Study, name: str, cfg: RunConfig, parts: Parts, tokenizer) -
         examples, _ = renderer.examples(looked, cfg.train.max_length)
         return sum(len(e.ids) for e in examples) / max(1, len(looked))
     row, steps = mean(parts.train), steps_of(cfg, len(parts.train))
-    along = mean(parts.validation) * len(parts.validation) * (study.curve_points + 2)
+    share = float(sum(a.share for a in parts.sources.added))
+    watched = sum(mean(rows) * len(rows) for rows in parts.sources.watched.values())
+    along = (mean(parts.validation) * len(parts.validation) + watched) * (study.curve_points + 2)
     answers = len(cfg.eval.choices) or 2
     end = mean(parts.test) * len(parts.test) * answers + (study.general_tokens if study.general else 0)
-    return Load(steps, row * min(cfg.train.batch_size, len(parts.train)), row, along, end)
+    return Load(steps, row * min(cfg.train.batch_size, len(parts.train)) / (1 - share), row, along, end)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tsugiki.compare.study import Cell, Study, Variant, alone
+from tsugiki.evaluate.metrics import LOWER
 from tsugiki.methods import METHODS
 
 
@@ -80,9 +81,9 @@ def ranked(study: Study, cells: list[Cell], results: Mapping[str, dict]) -> list
     """Those that did not fail, the best on the validation rows first; equal ones, the lower rate first."""
     def worth(cell: Cell) -> tuple:
         found = results[cell.key]["validation"]
-        loss = found["loss"]
-        if study.select == "metric" and found["metric"] != "loss":
-            return -found[found["metric"]], loss, cell.lr
+        loss, value = found["loss"], found[found["metric"]]
+        if study.select == "metric":
+            return value if found["metric"] in LOWER else -value, loss, cell.lr
         return loss, cell.lr
     return sorted((c for c in cells if "failed" not in results[c.key]), key=worth)
 

@@ -79,6 +79,10 @@ class Study:
     def values(self, data: str) -> dict:
         """The RunConfig values of a data set, test rows included: without a file for them, a share of the rows."""
         found = merge(self.run, {k: v for k, v in self.datasets.get(data, {}).items() if k != "validation"})
+        if found.get("data", {}).get("streaming") in ("on", True):
+            raise UserError("data.streaming: on does not go with a study, whose runs share their rows in memory; leave it out, or "
+                            "train one method at a time")
+        put(found, "train.eval_steps", 1)             # patience and the guard need some; a run's own come from curve_points
         if not (found.get("data", {}).get("eval") or found.get("data", {}).get("holdout") or found.get("eval", {}).get("task")):
             put(found, "data.holdout", HOLDOUT)
         return found

@@ -4,13 +4,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from tsugiki.compare.schedule import Choice, Lengths, choice, finals
 from tsugiki.compare.sizes import equal_parameters
 from tsugiki.compare.stats import Mean, Pool, compared, mean_of, pool, ranks, seeds_only
 from tsugiki.compare.study import Cell, Study, Variant, alone
+from tsugiki.evaluate.metrics import LOWER
 
-SMALLER = ("loss", "perplexity")                      # metrics of which less is better
 SAME = 1e-4                                           # how far the mean of a score's rows may be from the score
 
 
@@ -58,7 +59,7 @@ class DataTable:
     pairs: Mapping[tuple[str, str], tuple[float, float | None]]
     curves: Mapping[str, tuple[dict, ...]]            # by label: validation loss along the run, mean over seeds
     sweeps: Mapping[str, tuple[tuple[float, float], ...]]        # by label: (rate, validation loss) of the runs that chose
-    answers: Mapping[str, tuple[str, ...]]
+    answers: Mapping[str, tuple[tuple[str, bool | None], ...]]        # by label: what was answered, whether it is right
     equal_time: Mapping[str, float]                   # by label: validation loss at `seconds` of training
     seconds: float
     equal_parameters: tuple[str, ...]                 # labels, nearest to the budget
@@ -66,7 +67,7 @@ class DataTable:
 
     @property
     def larger(self) -> bool:
-        return self.metric not in SMALLER
+        return self.metric not in LOWER
 
     def plain(self) -> dict:
         return {"metric": self.metric, "n": self.n, "base": self.base, "methods": [r.plain() for r in self.rows],
@@ -140,13 +141,13 @@ def _of_data(study: Study, data: str, chosen: Mapping[str, Choice], last: Mappin
     good = {label: [(c, results[c.key]) for c in cells if "test" in results.get(c.key, {})] for label, cells in last.items()}
     there = [r for runs in good.values() for _, r in runs]
     metric = there[0]["test"]["metric"] if there else base.get("test", {}).get("metric", "loss")
-    tables = {label: scores_by_seed(runs, metric) for label, runs in good.items() if runs}
+    tables = scores_by_seed({label: runs for label, runs in good.items() if runs}, metric)
     pairs = compared(tables)
-    places = ranks(list(tables), pairs, metric not in SMALLER)
+    places = ranks(list(tables), pairs, metric not in LOWER)
     rows = [_row(v, chosen[v.label], last[v.label], good[v.label], results, tables.get(v.label), base,
                  places.get(v.label, (0, 0)), pool(tables)) for v in study.variants()
             if good[v.label] or any("failed" in results.get(c.key, {}) for c in (*chosen[v.label].tried, *last[v.label]))]
-    sign = -1 if metric not in SMALLER else 1
+    sign = -1 if metric not in LOWER else 1
     rows.sort(key=lambda r: (r.score is None, sign * r.score.value if r.score else 0, r.label))
     if rows and rows[0].score:
         rows = [_tied(r, rows[0].label, pairs) for r in rows]
@@ -159,7 +160,7 @@ def _of_data(study: Study, data: str, chosen: Mapping[str, Choice], last: Mappin
     equal = {v.label for v in equal_parameters(counts, budget).values()} if budget else set()
     return DataTable(data, metric, there[0]["test"]["n"] if there else 0, _base(base, metric), tuple(rows), pairs, curves,
                      {label: sweep(c, results) for label, c in chosen.items()},
-                     {label: tuple(test.get("answers", ())) for label, test in answers.items()},
+                     {label: tuple(zip_longest(test.get("answers", ()), test.get("right", ()))) for label, test in answers.items()},
                      {label: at(points, seconds) for label, points in curves.items()}, seconds,
                      tuple(r.label for r in rows if r.label in equal), budget)
 
@@ -171,14 +172,14 @@ def _base(base: Mapping, metric: str) -> dict | None:
         {"general": base["general"]} if "general" in base else {})
 
 
-def scores_by_seed(runs: Sequence[tuple[Cell, dict]], metric: str) -> dict[int, list[float]]:
-    """A number a test row by seed, where the score is their mean; else one number a seed."""
-    rows = {c.seed: r["test"].get("rows") or [] for c, r in runs}
-    values = {c.seed: r["test"][metric] for c, r in runs}
-    length = len(next(iter(rows.values())))
-    fits = length and all(len(rows[s]) == length and abs(sum(rows[s]) / length - v) <= SAME * max(1, abs(v))
-                          for s, v in values.items())
-    return rows if fits else {s: [v] for s, v in values.items()}
+def scores_by_seed(good: Mapping[str, Sequence[tuple[Cell, dict]]], metric: str) -> dict[str, dict[int, list[float]]]:
+    """By label and seed: a number a test row where the score is their mean, of all methods; else one number a seed."""
+    tests = {label: {c.seed: r["test"] for c, r in runs} for label, runs in good.items()}
+    every = [test for seeds in tests.values() for test in seeds.values()]
+    length = len(every[0].get("rows") or ()) if every else 0
+    fits = length and all(len(t.get("rows") or ()) == length and
+                          abs(sum(t["rows"]) / length - t[metric]) <= SAME * max(1, abs(t[metric])) for t in every)
+    return {label: {s: t["rows"] if fits else [t[metric]] for s, t in seeds.items()} for label, seeds in tests.items()}
 
 
 def _row(variant: Variant, chosen: Choice, cells: Sequence[Cell], good: Sequence[tuple[Cell, dict]], results: Mapping[str, dict],

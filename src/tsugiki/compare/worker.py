@@ -13,7 +13,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -25,8 +24,9 @@ from tsugiki.compare.schedule import done
 from tsugiki.compare.store import BUSY, DONE, STOPPED, Store
 from tsugiki.compare.study import ALONE, Cell, Study
 from tsugiki.config import EvalConfig, RunConfig, build
-from tsugiki.data import Conversation, Renderer, load_conversations
+from tsugiki.data import Renderer, load_conversations
 from tsugiki.errors import RunError, UserError
+from tsugiki.evaluate import tasks
 from tsugiki.evaluate.answers import room
 from tsugiki.evaluate.score import Score, evaluate, row_losses
 from tsugiki.load import compute_dtype, device_of, load, pad_id
@@ -141,35 +141,28 @@ def scores(study: Study, cell: Cell, cfg: RunConfig, model: nn.Module, tokenizer
         found["validation"] = evaluate(model, renderer, parts.validation, scoring, pad_id(tokenizer), limit).plain()
     if cell.test:
         score = tested(model, renderer, parts, scoring, pad_id(tokenizer), limit)
-        found["test"] = score.plain() | {"rows": rows_of(score, parts.test), "answers": answers_of(score, parts, study.samples)}
+        found["test"] = score.plain() | {"rows": [round(r, 6) for r in score.rows]} | shown_of(score, parts, study.samples)
         if study.general:
             found["general"] = general_loss(study, model, tokenizer, limit)
     return found
 
 
 def tested(model: nn.Module, renderer: Renderer, parts: Parts, scoring: EvalConfig, pad: int, limit: int) -> Score:
-    """The test rows' score, or the task's."""
-    if getattr(scoring, "task", None):
-        from tsugiki.evaluate import tasks
-        task = tasks.load(scoring.task, scoring.task_data, scoring.max_rows)
-        return tasks.score(model, renderer, task, scoring, pad, limit)
+    """The test rows' score, or the task's, which is given the room that the model has, as in a run."""
+    if parts.task:
+        return tasks.score(model, renderer, parts.task, scoring, pad, room(model) or limit)
     return evaluate(model, renderer, parts.test, scoring, pad, limit)
 
 
-def answers_of(score: Score, parts: Parts, count: int) -> list[str]:
-    """The answers to `parts.shown`; where rows with one prompt are one answer, they come in the order of prompts."""
-    if len(score.answers) == len(parts.test):
-        return [score.answers[n] for n, _ in parts.shown(count)]
-    return list(score.answers[:count])
-
-
-def rows_of(score: Score, conversations: Sequence[Conversation]) -> list[float]:
-    """A number a test row, whose mean is the score; none where the metric has no such numbers."""
-    if rows := tuple(getattr(score, "rows", ())):
-        return [round(float(r), 6) for r in rows]
-    if score.metric != "accuracy":
-        return []
-    return [float(a.strip() == c.reference.strip()) for a, c in zip(score.answers, conversations, strict=True)]
+def shown_of(score: Score, parts: Parts, count: int) -> dict:
+    """The answers to `parts.shown`, and which are right by a metric that says so; where rows with one prompt are one answer, they
+    come in the order of prompts."""
+    if not score.answers:
+        return {"answers": []}
+    numbers = [n for n, _ in parts.shown(count)] if len(score.results) == len(parts.test) else range(min(count, len(score.results)))
+    some = [score.results[n] for n in numbers]
+    right = {"right": [r.stats[0] == 1.0 for r in some]} if score.metric == "accuracy" else {}
+    return {"answers": [r.answer for r in some]} | right
 
 
 def general_loss(study: Study, model: nn.Module, tokenizer, limit: int) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tsugiki.data.render import Example
-from tsugiki.errors import RunError
+from tsugiki.errors import RunError, UserError
 
 TRAINED = 1 << 31                                     # the bit of an id that says: this token is a target
 FILES = ("ids.u32", "rows.i64")                       # ids with their bit, end to end; (end, file, line) of each row
@@ -54,9 +54,12 @@ class Tokens(Sequence[Example]):
 def write(folder: Path, key: str, rows: Iterable[Example], note: dict) -> Tokens:
     """Write rows into `folder`, whole or not at all: under a temporary name, fsynced, its manifest last.
 
-    `note` is kept with them, as it is when the last row has come. Raises OSError (disk full) with nothing left behind.
+    `note` is kept with them, as it is when the last row has come. Raises OSError (disk full) with nothing left behind, UserError
+    where the folder holds other things.
     """
     assert array("I").itemsize == 4 and sys.byteorder == "little"
+    if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - {*FILES, "MANIFEST.json"}):
+        raise UserError(f"{folder}: is not a run's tokens, which would be written there; choose another --out")
     temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
     for old in folder.parent.glob(f".{folder.name}-*"):
         shutil.rmtree(old, ignore_errors=True)

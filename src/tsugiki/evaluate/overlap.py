@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from tsugiki.data.conversation import Conversation
@@ -42,8 +42,10 @@ def words(text: str) -> list[str]:
     return WORD.findall(text.casefold())
 
 
-def runs(of: Sequence[str], length: int) -> set[tuple[str, ...]]:
-    return {tuple(of[n:n + length]) for n in range(len(of) - length + 1)}
+def runs(of: Sequence[str], length: int, known: Container | None = None) -> set[tuple[str, ...]]:
+    """The runs of words of a length; of a long text only those that are known, so that no more is held."""
+    found = (tuple(of[n:n + length]) for n in range(len(of) - length + 1))
+    return set(found) if known is None else {run for run in found if run in known}
 
 
 def overlap(train: Sequence[Conversation], items: Sequence[Item], shown: int = 3) -> Overlap:
@@ -63,7 +65,7 @@ def overlap(train: Sequence[Conversation], items: Sequence[Item], shown: int = 3
     for c in train:
         said = words("\n".join(m.content for m in c.messages))
         whole = f" {' '.join(said)} "
-        shared = Counter(n for length in lengths for run in runs(said, length) for n in places.get(run, ()))
+        shared = Counter(n for length in lengths for run in runs(said, length, places) for n in places[run])
         for n, count in shared.items():
             share = count / len(each[n])
             if share >= SHARE and (found := (texts[n] in whole, share, c.where)) [:2] > best.get(n, (False, 0.0))[:2]:

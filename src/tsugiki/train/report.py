@@ -11,6 +11,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from tsugiki.evaluate.metrics import LOWER, TEXTS
 from tsugiki.train.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, as_float, chart, short
 from tsugiki.train.scoring import SCORES
 
@@ -30,6 +31,8 @@ def write_report(path: str | Path, run: Mapping) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*.partial"):              # by a process that was killed as it wrote
+        left.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(render(run).encode())
@@ -78,7 +81,7 @@ def curves_of(lines: Iterable[Mapping], scores: Mapping[str, str]) -> dict[str, 
 
 def table_of(before: Mapping, after: Mapping, sources_before: Mapping, sources_after: Mapping) -> dict:
     """Scores before and after, of the data and of each source whose held-out text was watched."""
-    table = {key: {"before": before.get(key), "after": after.get(key), "n": after.get("n"),
+    table = {key: {"before": before.get(key), "after": after.get(key), "n": after.get("n") if key != "held_out_loss" else None,
                    "interval": after.get("interval") if key == after.get("metric") else None}
              for key in SCORES if key in after}
     return table | {f"{key} on {name}": {"before": sources_before[name][key], "after": s[key], "n": s["n"]}
@@ -137,7 +140,7 @@ def score(metric: str, entry: Mapping) -> dict:
         interval = []
     change = "–" if math.isnan(after - before) else ("−" if after < before else "+") + digits(abs(after - before))
     bar = None
-    if interval and all(0 <= end <= 1 for end in (*interval, after)):
+    if interval and metric not in (*LOWER, *TEXTS) and all(0 <= end <= 1 for end in (*interval, after)):
         bar = {"before": 100 * before if 0 <= before <= 1 else None, "after": 100 * after,
                "low": 100 * interval[0], "high": 100 * interval[1]}
     return {"metric": metric, "before": digits(before), "after": digits(after), "change": change, "bar": bar,

@@ -184,6 +184,7 @@ def run(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, *, quiet: bool 
     """Train `model` on `rows` as `cfg` says, into cfg.out; the model is left trained, the adapter attached and active."""
     say = say or (lambda line: None if quiet else console().print(line, markup=False))
     out, train = Path(cfg.out), cfg.train
+    check_folder(out, cfg, rows.fingerprint)          # before anything is written there
     method = make(**cfg.method)
     model.eval()                                      # a base's own dropout would draw from the global generator
     params, adapter = _trainable(model, tokenizer, method, cfg)

@@ -57,7 +57,8 @@ def samples(model: nn.Module, renderer: Renderer, held_out: list[Conversation], 
     """Three rows whose answers the report shows, and how long these may be."""
     if task is None:
         return held_out[:3] if any(c.kind != "text" for c in held_out[:3]) else [], cfg.new_tokens
-    some = [c for c in task.conversations[:20] if c.kind != "text"]
+    asked = {c.prompt_text: c for c in reversed(task.conversations[:50]) if c.kind != "text"}       # of one prompt, its first row
+    some = list(reversed(asked.values()))
     fits = [c for c, ids in zip(some, renderer.prompts(some), strict=True) if len(ids) < (room(model) or 1 << 60)]
     return fits[:3], tasks.scoring(task, cfg).max_new_tokens
 
