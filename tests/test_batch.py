@@ -70,12 +70,13 @@ def random_examples(n: int, seed: int = 0) -> list[Example]:
     return made
 
 
-@pytest.mark.parametrize("layout", ["pad", "pack"])
-def test_a_batch_says_of_every_token_its_row_place_and_target(layout):
+@pytest.mark.parametrize("layout, multiple", [("pad", 1), ("pack", 1), ("pad", 16), ("pack", 16)])
+def test_a_batch_says_of_every_token_its_row_place_and_target(layout, multiple):
     rows = random_examples(30)
     seen = []
     for forward in micro_batches([len(e.ids) for e in rows], range(30), layout, 40):
-        batch = collate(rows, forward, pad_id=7)
+        batch = collate(rows, forward, 7, multiple)
+        assert not batch.packed or batch.ids.shape[1] % multiple == 0
         for b in range(len(batch.ids)):
             for i in batch.samples[b].unique().tolist():
                 if i < 0:

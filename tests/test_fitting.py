@@ -10,7 +10,7 @@ from tsugiki.adapters import attach
 from tsugiki.config import TrainConfig, build
 from tsugiki.data.batch import micro_batches
 from tsugiki.errors import RunError
-from tsugiki.train import compiled, fitting
+from tsugiki.train import compiled, fitting, loop
 from tsugiki.train.compiled import WORTH, compiling
 from tsugiki.train.fitting import Fit, made_again, saved_bytes
 
@@ -116,6 +116,23 @@ def test_inputs_of_layers_that_wait_in_another_memory_give_the_same_run(tmp_path
     width, layers = model.config.hidden_size, len(model.model.layers)
     inputs = [s for s in moved if s[-1] == width]
     assert len(inputs) == len(moved) and len(inputs) % layers == 0 and inputs, moved
+
+
+@pytest.mark.parametrize("method", ["lora+dropout", "series", "full"])
+def test_rows_filled_up_to_few_shapes_give_the_same_run(method, tmp_path, monkeypatch):
+    cfg, widths, plain = dict(steps=3, compile="off", layout="pack"), [], loop.collate
+    want = go(config(tmp_path / "a" / "run", method, **cfg))
+
+    def collated(*args):
+        batch = plain(*args)
+        widths.append(batch.ids.shape[1])
+        return batch
+    monkeypatch.setattr(loop, "collate", collated)
+    monkeypatch.setattr(loop, "MULTIPLE", {"cpu": 64})
+    found = go(config(tmp_path / "b" / "run", method, **cfg))
+    assert widths and all(w % 64 == 0 for w in widths)
+    assert close(result_bits(found), result_bits(want)) <= NEAR
+    assert [m["tokens"] for m in metrics(found.out)] == [m["tokens"] for m in metrics(want.out)]
 
 
 def test_layers_made_again_leave_less_for_backward():

@@ -122,9 +122,12 @@ def _cuts(lengths: Sequence[int], max_tokens: int, overhead: int) -> list[int]:
     return cuts[::-1]
 
 
-def collate(examples: Sequence[Example], forward: Sequence[Sequence[int]], pad_id: int) -> Batch:
-    """Lay out one forward. Padding is a document of its own (positions restart), so nothing attends into it."""
+def collate(examples: Sequence[Example], forward: Sequence[Sequence[int]], pad_id: int, multiple: int = 1) -> Batch:
+    """Lay out one forward. Padding is a document of its own (positions restart), so nothing attends into it. Packed rows are
+    filled up to a multiple of `multiple` tokens, so that forwards have few shapes."""
     width = max(sum(len(examples[i].ids) for i in row) for row in forward)
+    if any(len(row) > 1 for row in forward):
+        width = -(-width // multiple) * multiple
     ids = torch.full((len(forward), width), pad_id)
     targets = torch.full_like(ids, IGNORE)
     samples = torch.full_like(ids, -1)

@@ -29,6 +29,9 @@ from tsugiki.train.log import Bar, MetricsFile
 from tsugiki.train.optim import adamw, schedule
 from tsugiki.train.step import StepResult, train_step
 
+# Packed rows are filled up to a multiple of this on a GPU, where every new shape is tuned for or compiled anew.
+MULTIPLE = {"cuda": 128}
+
 
 class Interrupted(RunError):
     """SIGINT or SIGTERM came; the run was saved. `code` is the shell's 128 + signal."""
@@ -257,8 +260,8 @@ class Steps:
         cuts = micro_batches({i: len(job.examples[i].ids) for i in rows}, rows, job.layout, self.progress.max_tokens,
                              job.overhead)
         device = next(iter(job.params.values())).device
-        return train_step(job.model, [collate(job.examples, cut, job.pad_id).to(device) for cut in cuts], job.params,
-                          self.optimizer, clip=cfg.clip, step=step + 1,
+        batches = [collate(job.examples, cut, job.pad_id, MULTIPLE.get(device.type, 1)).to(device) for cut in cuts]
+        return train_step(job.model, batches, job.params, self.optimizer, clip=cfg.clip, step=step + 1,
                           where=lambda i: job.examples[i].where, route=lambda b: job.route(b, step), autocast=job.autocast, **of,
                           penalty=(lambda: adapter.cfg.penalty(adapter)) if adapter else lambda: None,
                           after=(lambda: adapter.cfg.after_step(adapter, step + 1, job.steps)) if adapter else lambda: None)
