@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint harness tasks bench speed methods replay study docs clean
+.PHONY: help install demo test alltests lint harness tasks bench speed methods replay study docs clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\): *[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -24,7 +24,10 @@ demo: $(READY)  ## fine-tune the embedded model on the embedded tasks, score it 
 	$(BIN)/tsugiki demo --again
 
 test: lint      ## the linter, then every test: offline, one thread a worker, WORKERS=2
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(ARGS)
+	TSUGIKI_TESTS=$(TSUGIKI_TESTS) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(ARGS)
+
+alltests: lint  ## the tests with every combination of the largest products, of which `test` takes a third; half an hour
+	$(MAKE) test TSUGIKI_TESTS=all
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check src tests scripts benchmarks examples

@@ -80,6 +80,7 @@ def test_loras_count_is_the_formula_summed_over_its_sites(kind, folders):
     assert found.rehearsed and found.flops > 0
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("kind", FEW)
 @pytest.mark.parametrize("name", CASES)
 def test_the_plan_counts_what_a_model_really_trains(kind, name, folders):
@@ -107,6 +108,7 @@ def test_a_runs_parameters_and_files_are_as_planned_to_the_byte(name, tmp_path):
     assert as_told(CASES[name], saved, want.saved, close)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", CASES)
 def test_a_rehearsal_counts_what_the_real_step_holds_and_does(kind, name, folders):

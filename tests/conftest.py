@@ -1,0 +1,19 @@
+"""A third of the largest products of methods and families in a usual run, all of them with TSUGIKI_TESTS=all."""
+from __future__ import annotations
+
+import os
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of a test marked share(n), every n-th combination, along the diagonals: each value of each parameter is among them."""
+    if os.environ.get("TSUGIKI_TESTS") == "all":
+        return
+    left_out = []
+    for item in items:
+        mark = item.get_closest_marker("share")
+        if mark and sum(item.callspec.indices.values()) % mark.args[0]:
+            left_out.append(item)
+    if left_out:
+        gone = set(left_out)
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in gone]
