@@ -272,6 +272,7 @@ def test_a_norm_of_another_kind_is_refused_in_one_line():
 
 # Together with others
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("first, second", [(a, b) for a in FOLDED for b in FOLDED if a != b and (a in OF_INPUTS or b in OF_INPUTS)])
 @pytest.mark.parametrize("kind", ["llama", "opt"])
 def test_changes_of_inputs_and_outputs_merge_in_the_order_of_the_stack(first, second, kind):
@@ -290,6 +291,7 @@ def test_changes_of_inputs_and_outputs_merge_in_the_order_of_the_stack(first, se
         assert difference(right, turned) > 1e-3, "the order does not matter here: nothing was tested"
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", AT_LINEARS)
 @pytest.mark.parametrize("kind, overrides", [("phi3", {}), ("gpt2", {}), ("bloom", {}), ("falcon", FALCONS["new_decoder"])],
                          ids=["phi3", "gpt2", "bloom", "falcon"])
