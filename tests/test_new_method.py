@@ -98,7 +98,8 @@ def runs(tmp_path_factory):
         assert FILE.count(line) == 1
         jobs.append((file, FILE.replace(line, wrong), f"llama and ({' or '.join({*catchers, 'restores_every_bit'})})", paths))
     plain = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    env = plain | {"PYTHONPATH": str(copy.parent), "TSUGIKI_METHODS": "graft", "PYTHONDONTWRITEBYTECODE": "1"}
+    env = plain | {"PYTHONPATH": str(copy.parent), "TSUGIKI_METHODS": "graft", "TSUGIKI_TESTS": "all",
+                   "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", DRIVER], input=json.dumps(jobs), env=env, cwd=ROOT, capture_output=True, text=True)
     outputs = done.stdout.split("RUN\n")[1:]
     assert len(outputs) == len(jobs) and not re.search("^ERROR ", done.stdout, re.M), done.stdout[-3000:] + done.stderr[-3000:]
