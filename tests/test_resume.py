@@ -9,7 +9,7 @@ import pytest
 from kit import CASES, config, go, left, llama, newest
 
 from tsugiki.evaluate.score import Score
-from tsugiki.train import loop, scoring
+from tsugiki.train import checkpoint, loop, scoring
 
 # 22 rows in batches of 4: an epoch is 6 steps, the last of 2 rows
 STEPS = 9
@@ -187,6 +187,17 @@ def test_twenty_runs_killed_at_random_moments_end_in_the_same_bits(tmp_path):
     assert report["identical"] == 20 and report["runs"] == 20, report
     assert report["kills"] >= 40 and report["in_saves"] >= 8, report
     print(report)
+
+
+def test_a_finished_run_that_was_killed_before_it_pruned_does_so_when_it_is_looked_at_again(tmp_path, monkeypatch):
+    settings = config(tmp_path / "run", steps=4, save_steps=1, save_keep=2)
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, "prune", lambda root, keep: None)
+        go(settings)
+    kept = tmp_path / "run" / "checkpoints"
+    assert len(list(kept.iterdir())) == 4
+    go(settings)
+    assert sorted(p.name for p in kept.iterdir()) == ["step-00000003", "step-00000004"]
 
 
 def test_the_tests_model_is_the_same_each_time():

@@ -140,6 +140,7 @@ class Steps:
         self.say = say
         self.best = checkpoints.restore(found, job.params, self.optimizer, self.buffers) if found else {}
         if found:
+            checkpoints.prune(self.root, job.cfg.save_keep)       # a kill may have come between a save and that
             unfinished = self.progress.step < job.steps and not self.progress.stopped
             say(f"going on from step {self.progress.step} of {job.steps}" if unfinished
                 else f"this run is finished ({self.progress.step} steps); nothing is trained again")
