@@ -12,13 +12,11 @@ least loss there is what a method's `small_lr` should be.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import platform
 import random
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +24,7 @@ import torch
 import transformers
 
 import tsugiki as tg
+from tsugiki.compare.store import locked
 from tsugiki.config import DataConfig, RunConfig, TrainConfig
 from tsugiki.data import Columns, Conversation, load_conversations
 from tsugiki.evaluate.score import wilson
@@ -136,22 +135,9 @@ def earlier(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-@contextmanager
-def locked(path: Path, wait: bool = True):
-    """Holds a lock file; yields False at once when another process holds it and `wait` is off. A dead process holds nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
 def record(results: Path, work: Path, change: Callable[[dict], None]) -> None:
     """Read, change, write under a temporary name, rename: another process may be writing as well."""
-    with locked(work / "results.lock"):
+    with locked(work / "results.lock", wait=True):
         found = earlier(results)
         change(found)
         results.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +158,7 @@ def make_all(args: argparse.Namespace, bench: Bench, place: str, wanted: Sequenc
     """Each (method, seed, rate) whose result is not there yet; results go under `place`, by method, seed and rate."""
     for name, seed, lr in wanted:
         key, out = f"{name}/{seed}/{lr:g}", args.work / f"{name}-{seed}-{lr:g}"
-        with locked(args.work / f"{out.name}.lock", wait=False) as mine:
+        with locked(args.work / f"{out.name}.lock") as mine:
             if not mine or key in earlier(args.results).get(place, {}):
                 continue
             try:

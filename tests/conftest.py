@@ -1,11 +1,12 @@
-"""A third of the largest products of methods and families in a usual run, all of them with TSUGIKI_TESTS=all."""
+"""A part of the largest products of methods and families in a usual run, all of them with TSUGIKI_TESTS=all."""
 from __future__ import annotations
 
 import os
 
 
 def pytest_collection_modifyitems(config, items):
-    """Of a test marked share(n), every n-th combination, along the diagonals: each value of each parameter is among them."""
+    """Of a test marked share(n), every n-th combination, along the diagonals: of two parameters with n values or
+    more, each value is among them; of one, every n-th."""
     if os.environ.get("TSUGIKI_TESTS") == "all":
         return
     left_out = []

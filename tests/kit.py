@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -114,3 +115,13 @@ def trainable(model: nn.Module, cfg, seed: int = 0) -> tuple[dict[str, nn.Parame
             p.requires_grad_(any(p is q for q in chosen.values()))
         return chosen, None
     return attach(model).add("a", cfg, seed=seed).parameters(), "a"
+
+
+def cut(whole: Path, out: Path, step: int) -> None:
+    """The folder of `whole` as a kill after `step` left it."""
+    shutil.copytree(whole, out)
+    for path in (out / "checkpoints").glob("step-*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    shutil.rmtree(out / "adapter", ignore_errors=True)
+    shutil.rmtree(out / "model", ignore_errors=True)

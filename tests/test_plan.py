@@ -33,7 +33,6 @@ def _script():
 
 
 accuracy = _script()
-ROOTS = [n for n, m in METHODS.items() if not any(issubclass(m, o) for o in METHODS.values() if o is not m)]     # no relatives
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +126,8 @@ def test_a_rehearsal_counts_what_the_real_step_holds_and_does(kind, name, folder
         assert a == b or field.name in ("weights", "early", "late") and a == pytest.approx(b, rel=5e-3), field.name
 
 
-@pytest.mark.parametrize("name", ROOTS)                                    # dropout is of the same shapes
+@pytest.mark.share(2)
+@pytest.mark.parametrize("name", METHODS)                                  # dropout is of the same shapes
 def test_a_few_layers_tell_of_many(name, folders, tmp_path, monkeypatch):
     deep = base_config(folders["llama"])
     deep.num_hidden_layers = 6
@@ -214,8 +214,9 @@ def measure():
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads a process's highest memory from Linux's /proc")
+@pytest.mark.share(3)
 @pytest.mark.parametrize("kind", list(accuracy.KINDS)[:1])                  # benchmarks/plan_accuracy.py does all of them
-@pytest.mark.parametrize("name", ROOTS[::3])
+@pytest.mark.parametrize("name", METHODS)
 def test_memory_is_within_15_percent_of_what_a_real_process_takes(kind, name, measure, tmp_path):
     real = measure(kind, name, "fp32", 2, 512, 2)
     assert "error" not in real, real["error"]

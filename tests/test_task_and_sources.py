@@ -4,12 +4,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from kit import TOKENIZER, config, go, left, lines, llama, metrics, result_bits, same, write
+from kit import TOKENIZER, config, cut, go, left, lines, llama, metrics, result_bits, same, write
 from safetensors.torch import load_file
 
 from tsugiki.config import RunConfig, build
@@ -36,15 +35,6 @@ def run_config(out: Path, data: dict | None = None, held: bool = False, **train)
     values["train"] |= {"lr": 2e-2, "steps": 12, "eval_steps": 2, "schedule": "constant", "keep": "best", "patience": 9} | train
     values["eval"] |= {"task": str(folder), "max_new_tokens": None}
     return build(RunConfig, values)
-
-
-def cut(whole: Path, out: Path, step: int) -> None:
-    """The folder of `whole` as a kill after `step` left it."""
-    shutil.copytree(whole, out)
-    for path in (out / "checkpoints").glob("step-*"):
-        if int(path.name[5:]) > step:
-            shutil.rmtree(path)
-    shutil.rmtree(out / "model", ignore_errors=True)
 
 
 def weights(out: Path, step: int) -> dict:

@@ -4,7 +4,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from kit import PAD, TOKENIZER, WORDS, config, go, left, lines, llama, metrics, result_bits, same, write
+from kit import PAD, TOKENIZER, WORDS, config, cut, go, left, lines, llama, metrics, result_bits, same, write
 from safetensors.torch import load_file
 from tokenizers_tiny import tokenizer
 
@@ -42,16 +41,6 @@ def sources(out: Path, method="bitfit", data: dict | None = None, held: bool = F
     values["data"] |= {"replay": [str(write(out.parent / "source.jsonl", SOURCE))], "replay_ratio": 0.2,
                        "source_eval": [str(write(out.parent / "source-held.jsonl", HELD))]} | (data or {})
     return build(RunConfig, values)
-
-
-def cut(whole: Path, out: Path, step: int) -> None:
-    """The folder of `whole` as a kill after `step` left it."""
-    shutil.copytree(whole, out)
-    for path in (out / "checkpoints").glob("step-*"):
-        if int(path.name[5:]) > step:
-            shutil.rmtree(path)
-    shutil.rmtree(out / "adapter", ignore_errors=True)
-    shutil.rmtree(out / "model", ignore_errors=True)
 
 
 def test_replay_gives_its_share_of_the_tokens_and_the_data_keeps_its_own_rows(tmp_path):

@@ -81,22 +81,12 @@ def method_of(text: str) -> dict:
 def study_from(args: argparse.Namespace):
     """The study from --config, flags and --set, later ones winning."""
     from tsugiki.cli.train import KEYS as RUN_KEYS
-    from tsugiki.cli.train import labels_of
+    from tsugiki.cli.train import flags_of
     from tsugiki.compare import study_of
-    from tsugiki.config import assignments, merge, put, read_yaml
-    flags: dict = {}
-    for flag, key in KEYS.items() | {f: RUN_KEYS[f] for f in OF_A_RUN}.items():
-        if getattr(args, flag, None) is not None:
-            put(flags, key, getattr(args, flag))
-    for key in ("prompt", "completion"):
-        if isinstance(flags.get("data", {}).get(key), str):
-            flags["data"][key] = flags["data"][key].replace("\\n", "\n")
-    if args.labels:
-        put(flags, "data.labels", labels_of(args.labels))
+    from tsugiki.config import assignments, merge, read_yaml
+    flags = flags_of(args, KEYS | {f: RUN_KEYS[f] for f in OF_A_RUN})
     if args.methods:
         flags["methods"] = [method_of(m) for m in args.methods]
-    if args.trust_remote_code:
-        put(flags, "trust_remote_code", True)
     return study_of(merge(read_yaml(args.config) if args.config else {}, flags, assignments(args.set)))
 
 

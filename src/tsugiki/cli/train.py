@@ -87,11 +87,11 @@ def mix_of(pairs: list[str]) -> dict:
     return {name: share for name, _, share in parts}
 
 
-def config_of(args: argparse.Namespace):
-    """The run's configuration from --config, flags and --set, later ones winning."""
-    from tsugiki.config import RunConfig, assignments, build, merge, put, read_yaml
+def flags_of(args: argparse.Namespace, keys: dict[str, str]) -> dict:
+    """The flags that were given, as nested keys; `keys` says which flag is which key."""
+    from tsugiki.config import put
     flags: dict = {}
-    for flag, key in KEYS.items():
+    for flag, key in keys.items():
         if getattr(args, flag, None) is not None:
             put(flags, key, getattr(args, flag))
     for key in ("prompt", "completion"):
@@ -99,10 +99,17 @@ def config_of(args: argparse.Namespace):
             flags["data"][key] = flags["data"][key].replace("\\n", "\n")
     if args.labels:
         put(flags, "data.labels", labels_of(args.labels))
-    if args.mix:
-        put(flags, "data.mix", mix_of(args.mix))
     if args.trust_remote_code:
         put(flags, "trust_remote_code", True)
+    return flags
+
+
+def config_of(args: argparse.Namespace):
+    """The run's configuration from --config, flags and --set, later ones winning."""
+    from tsugiki.config import RunConfig, assignments, build, merge, put, read_yaml
+    flags = flags_of(args, KEYS)
+    if args.mix:
+        put(flags, "data.mix", mix_of(args.mix))
     values = merge(read_yaml(args.config) if args.config else {}, flags, assignments(args.set))
     if isinstance(values.get("method"), str):
         values["method"] = {"name": values["method"]}

@@ -75,17 +75,9 @@ class Store:
 
     @contextmanager
     def lock(self, name: str, wait: bool = False) -> Iterator[bool]:
-        """Whether it is ours; a process that dies gives its locks back."""
-        path = self.out / "locks" / f"{name.replace('/', '--')}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8") as f:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                except BlockingIOError:
-                    yield False
-                    return
-            yield True
+        """Whether it is ours."""
+        with locked(self.out / "locks" / f"{name.replace('/', '--')}.lock", wait) as ours:
+            yield ours
 
     def claim(self, study: Study, prints: Mapping[str, str]) -> None:
         """Write study.yaml. A study found there may have other methods, rates and seeds, but the same base, rows and training."""
@@ -109,6 +101,21 @@ class Store:
         elif self.out.exists() and any(p.name != "locks" and not p.name.startswith(".") for p in self.out.iterdir()):
             raise UserError(f"{self.out}: is not empty and holds no study; choose another --out")
         self.write(path, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
+
+
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Holds a lock file; yields False at once when another process holds it and `wait` is off. A process that dies gives its
+    locks back. Where the system has no such locks, everything is ours."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as f:
+        if fcntl is not None:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+        yield True
 
 
 def _difference(old, new, where: str) -> str:

@@ -1,7 +1,7 @@
 """Attention of one new token a row to all that was before, on a CPU: two batched matrix products and a softmax.
 
-torch's fused kernel goes over bfloat16 keys and values one product after another; with some rows in the batch, this takes a
-quarter of its time and less. transformers calls it as an attention implementation, by name.
+torch's fused kernel is slow on bfloat16 when each row has one query; benchmarks/one_token.py prints both. transformers calls
+this as an attention implementation, by name.
 """
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
 
 
 def pays(dtype: torch.dtype, heads: int, kv_heads: int) -> bool:
-    """Whether `one_token` is faster than torch's kernel for batches of many scores: measured on AVX512."""
+    """Whether `one_token` is faster than torch's kernel for batches of many scores, as benchmarks/one_token.py
+    says on AVX512."""
     return dtype == torch.bfloat16 or dtype == torch.float32 and heads > kv_heads
 
 
