@@ -321,6 +321,14 @@ def test_attention_of_one_token_takes_the_steps_of_every_model_that_had_sdpa_by_
     assert model.config._attn_implementation != one_token.NAME
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_keys_lie_transposed_only_where_torchs_kernel_takes_no_step(dtype, monkeypatch):
+    made = []
+    monkeypatch.setattr(sys.modules[Decoder.__module__], "grown", lambda transposed: made.append(transposed) or grown(transposed))
+    Decoder(tiny("llama", dtype), 3).generate(**left_padded(3), max_new_tokens=3, do_sample=False, eos_token_id=None)
+    assert made == [dtype == BF16]
+
+
 def test_answers_and_the_command_line_go_through_the_loop():
     for name in ("tsugiki.evaluate.answers", "tsugiki.cli.generate"):
         __import__(name)

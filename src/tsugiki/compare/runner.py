@@ -51,6 +51,8 @@ def prepare(study: Study, say: Callable[[str], None], save: bool = True,
     """Read and check everything, and plan: (the study with its sizes, the rows, the plan). Raises UserError."""
     if not study.out:
         raise UserError("out: missing; give --out DIR, the folder of the study")
+    if not hasattr(os, "fork"):
+        raise UserError("compare: forks a process for every run, which this system cannot (Linux and macOS can)")
     base_path(study.run.get("base", "embedded"))
     for path in study.general:
         if not Path(path).is_file():
