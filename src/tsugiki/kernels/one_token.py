@@ -12,7 +12,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "tsugiki_one_token"
-SMALLEST = 1 << 11                                    # scores of one call from which it is the faster one
+FASTER = (torch.bfloat16,)                            # where it is the faster one (benchmarks/one_token.py, on AVX512),
+SMALLEST = 1 << 11                                    # from so many scores of one call on
 
 
 def one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -33,18 +34,12 @@ def one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
     return torch.bmm(weights, value.reshape(b * kv, length, value.shape[3])).view(b, 1, h, value.shape[3])
 
 
-def pays(dtype: torch.dtype, heads: int, kv_heads: int) -> bool:
-    """Whether `one_token` is faster than torch's kernel for batches of many scores, as benchmarks/one_token.py
-    says on AVX512."""
-    return dtype == torch.bfloat16 or dtype == torch.float32 and heads > kv_heads
-
-
 def _forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
              scaling: float | None = None, dropout: float = 0.0, **kwargs):
     """What transformers calls. Whatever is not plain attention of one token goes to its own `sdpa`."""
-    plain = query.shape[2] == 1 and not dropout and query.device.type == "cpu" and query.dtype == key.dtype \
+    plain = query.shape[2] == 1 and not dropout and query.device.type == "cpu" and query.dtype == key.dtype in FASTER \
         and all(kwargs.get(name) is None for name in ("softcap", "s_aux", "position_bias", "cache"))
-    if plain and query.shape[0] * query.shape[1] * key.shape[2] >= SMALLEST and pays(query.dtype, query.shape[1], key.shape[1]):
+    if plain and query.shape[0] * query.shape[1] * key.shape[2] >= SMALLEST:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return one_token(query, key, value, attention_mask, float(scale)), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
