@@ -11,7 +11,7 @@ from tiny import EXACT, LOOSER, tiny
 from tsugiki.adapters import attach
 from tsugiki.config import TrainConfig
 from tsugiki.data.batch import collate, micro_batches
-from tsugiki.kernels import head
+from tsugiki.kernels import head, native
 from tsugiki.kernels.attention import BLOCK, active, by_document, documents, groups
 from tsugiki.kernels.head import head_losses
 from tsugiki.methods import LoRA
@@ -65,6 +65,80 @@ def test_attention_by_document_has_the_gradient_of_finite_differences_and_a_shap
     q, k, v, _ = tensors(7, 4, 2)
     assert torch.autograd.gradcheck(lambda *t: documents(*t, ends((3, 4)), 0.3), (q, k, v))
     torch.library.opcheck(documents, (q, k, v, ends((3, 4)), 0.3), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.fixture
+def built(tmp_path, monkeypatch):
+    """The compiled kernel, built anew for this test."""
+    monkeypatch.setenv("TSUGIKI_CACHE", str(tmp_path / "cache"))
+    library = native.library
+    library.cache_clear()
+    if library() is None:
+        pytest.skip("no gcc here, or a processor that does not multiply bfloat16: there is no compiled kernel")
+    yield tmp_path / "cache"
+    library.cache_clear()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("heads, kv, d", [(6, 2, 64), (4, 4, 80), (2, 1, 8), (8, 2, 256)])
+def test_the_compiled_kernel_is_nearer_to_the_truth_than_products_that_round_in_between(built, monkeypatch, heads, kv, d, threads):
+    lengths, g = (1, 70, 32, 0, 33, 250), torch.Generator().manual_seed(d)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+
+    def both(dtype, lib):
+        monkeypatch.setattr(native, "library", lambda: lib)
+        given = [t.detach().to(dtype).requires_grad_() for t in low[:3]]
+        out = documents(*given, ends(lengths), d ** -0.5)
+        return [out, *torch.autograd.grad(out, given, low[3].to(dtype))]
+    try:
+        low = [torch.randn(1, sum(lengths), h, d, generator=g).bfloat16().transpose(1, 2) for h in (heads, kv, kv)]
+        low.append(torch.randn(1, sum(lengths), heads, d, generator=g).bfloat16())
+        lib = native.library()
+        truth, ours, twin = both(F64, lib), both(torch.bfloat16, lib), both(torch.bfloat16, None)
+        again = both(torch.bfloat16, lib)
+    finally:
+        torch.set_num_threads(before)
+    for t, a, b, c in zip(truth, ours, twin, again, strict=True):
+        assert 0 < (a - t).norm() <= 1.05 * (b - t).norm() and (a - t).norm() < 0.01 * t.norm()
+        assert torch.equal(a, c), "the same inputs must give the same bits, whatever thread computes a document"
+
+
+def test_what_is_not_finite_in_a_document_stays_there_in_the_compiled_kernel(built):
+    q, k, v, g = (t.detach().bfloat16() for t in tensors(90, 4, 2))
+    clean = documents(q, k, v, ends((40, 50)), 0.3)
+    for t in (q, k, v):
+        broken = [x.clone() for x in (q, k, v)]
+        broken[[x is t for x in (q, k, v)].index(True)][:, :, 10] = float("nan")
+        given = [x.requires_grad_() for x in broken]
+        out = documents(*given, ends((40, 50)), 0.3)
+        grads = torch.autograd.grad(out, given, g)
+        assert torch.equal(out[:, 40:], clean[:, 40:]) and bool(out[:, 10].isnan().any())
+        assert all(bool(x[:, :, 40:].isfinite().all()) for x in grads) and any(bool(x.isnan().any()) for x in grads)
+
+
+def test_it_is_built_once_and_only_where_nobody_else_can_write(built, monkeypatch):
+    file, = built.iterdir()
+    when = file.stat().st_mtime_ns
+    native.library.cache_clear()
+    assert native.library() is not None and file.stat().st_mtime_ns == when
+    built.chmod(0o777)
+    native.library.cache_clear()
+    monkeypatch.setattr(native.tempfile, "mkdtemp", lambda prefix: str(built.parent))
+    assert native.library() is not None and (built.parent / file.name).exists()
+    for name, value in (("TSUGIKI_NATIVE", "off"), ("PATH", str(built.parent))):
+        with monkeypatch.context() as m:
+            m.setenv(name, value)
+            native.library.cache_clear()
+            assert native.library() is None
+    q, k, v, _ = (t.detach().bfloat16() for t in tensors(20, 4, 2))
+    assert documents(q, k, v, ends((20,)), 0.3).isfinite().all(), "without it, the plain twin computes"
+
+
+def test_a_kernel_that_computes_something_else_is_not_used(built, monkeypatch):
+    monkeypatch.setattr(native, "CLOSE", 1e-6)        # so near no bfloat16 is
+    native.library.cache_clear()
+    assert native.library() is None
 
 
 def test_in_16_bits_it_is_as_near_to_the_truth_as_torchs_own():

@@ -2,6 +2,7 @@
 
 On a CPU torch's fused kernel is slow, backward most of all; here documents of like length go through batched matrix products
 (AMX or AVX512 do those well), in blocks of queries, and backward makes the scores again, so that nothing quadratic is kept.
+In bfloat16 native.py's compiled kernel does the same without writing scores to memory, where it can be built.
 On CUDA it is torch's variable-length kernel. Models take it as an attention implementation of transformers, by name.
 """
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from tsugiki.kernels import native
 
 NAME = "tsugiki_documents"
 SCORES = 1 << 20              # scores computed at once: more would leave the cache
@@ -109,10 +112,13 @@ def documents(query: Tensor, key: Tensor, value: Tensor, ends: Tensor | None, sc
     ends: (documents + 1,) integers, 0 and where each document of the B * T tokens ends; None: each row is one document.
     Returns (B, T, H, D). Source: equation 1 of Vaswani et al. 2017 (arXiv:1706.03762).
     """
-    kv, d = key.shape[1], value.shape[3]
+    kv, d, lengths = key.shape[1], value.shape[3], _lengths(query, ends)
     q, k, v = _tokens(query), _tokens(key), _tokens(value)
     out = q.new_empty(*q.shape[:2], d)
-    for group in groups(_lengths(query, ends), q.shape[1]):
+    fast = native.takes(q, v, lengths)
+    if fast:
+        native.forward(q, k, v, out, lengths, scale)
+    for group in () if fast else groups(lengths, q.shape[1]):
         qs, ks, vs = (_gather(t, group, kv) for t in (q, k, v))
         ks, vs, made = ks.squeeze(1), vs.squeeze(1), qs.new_empty(*qs.shape[:3], d)
         for a, b in _blocks(group.length):
@@ -131,10 +137,13 @@ def _(query, key, value, ends, scale):
 def documents_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, ends: Tensor | None,
                        scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `documents` by query, key and value, in their shapes; grad is (B, T, H, D)."""
-    kv = key.shape[1]
+    kv, lengths = key.shape[1], _lengths(query, ends)
     q, k, v, do = _tokens(query), _tokens(key), _tokens(value), grad.reshape(-1, *grad.shape[2:])
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    for group in groups(_lengths(query, ends), q.shape[1]):
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    fast = native.takes(q, v, lengths)
+    if fast:
+        native.backward(q, k, v, do, (dq, dk, dv), lengths, scale)
+    for group in () if fast else groups(lengths, q.shape[1]):
         qs, ks, vs, dos = (_gather(t, group, kv) for t in (q, k, v, do))
         if group.real is not None:
             _clear_filling(dos, group, kv)
