@@ -23,6 +23,7 @@ import tsugiki as tg
 from tsugiki.config import TrainConfig
 from tsugiki.data.batch import collate, micro_batches
 from tsugiki.data.render import Example
+from tsugiki.memory import keep_freed_memory
 from tsugiki.methods import make
 from tsugiki.train.layout import arranged
 from tsugiki.train.optim import adamw
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=174, help="tokens of a document on average; they vary by half of it")
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
+    keep_freed_memory()                               # as a run does
     family, values = SHAPES[args.shape]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values), dtype=torch.bfloat16).eval()
     params = tg.attach(model).add("a", make(args.method)).parameters()

@@ -148,7 +148,7 @@ def measure(args, say) -> dict:
                             for p, c in rows))
     env = environment(args.threads)
     job = {"base": str(base), "rows": str(path), "work": str(folder), "method": args.method, "device": args.device,
-           "seed": args.seed, "batch_size": args.batch_size, "max_length": args.max_length, "steps": args.warmup + args.steps}
+           "compile": "on" if args.compile else "auto", "seed": args.seed, "batch_size": args.batch_size, "max_length": args.max_length, "steps": args.warmup + args.steps}
     turns = args.turns if args.turns != "auto" else "step" if args.device == "cpu" and fits(args, rows) else "block"
     say(f"{args.shape}, {args.method}, {data}: {args.warmup} + {args.steps} steps of {args.batch_size} rows, "
         f"turns by {turns}")
@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--compile", action="store_true", help="Tsugiki's layers compiled, as in runs so long that it pays")
     parser.add_argument("--turns", choices=("auto", "step", "block"), default="auto",
                         help="step: all sides live at once; block: one at a time; auto: by the memory at hand")
     parser.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "tsugiki-speed"), help="folder of models and logs")

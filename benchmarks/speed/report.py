@@ -11,8 +11,10 @@ from pathlib import Path
 from speed.shapes import SOURCES
 from speed.sides import SAME_ROWS, SIDES
 
+from tsugiki.kernels import native
+
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "unsloth")
-SAME = ("threads", "batch_size", "max_length", "warmup", "steps", "seed", "versions", "rows")   # conditions of a run
+SAME = ("native", "threads", "batch_size", "max_length", "warmup", "steps", "seed", "versions", "rows")   # conditions of a run
 ROW = "| {side} | {speed} | {ratio} | {rate} | {share} | {peak} | {first} | {loss} | {norm} |"
 HEAD = ROW.format(side="side", speed="real tokens/s (min-max)", ratio="Tsugiki is", rate="matrix TFLOP/s", share="share of it",
                   peak="peak GB", first="first step s", loss="mean loss", norm="gradient norm")
@@ -72,6 +74,7 @@ def result(args, data: str, turns: str, found: dict, rate: dict, flops: float, r
             "cores": os.cpu_count(), "threads": args.threads, "preload": Path(preload).name if preload else "", "turns": turns,
             "batch_size": args.batch_size, "max_length": args.max_length, "warmup": args.warmup, "steps": args.steps,
             "seed": args.seed, "python": platform.python_version(), "versions": _versions(), "rows": rows, "rate": rate,
+            "compiled": args.compile, "native": native.library() is not None,
             "flops_per_token": flops, "sides": sides, "wrong": wrong}
 
 
@@ -80,7 +83,8 @@ def merge(path: Path, found: dict) -> None:
     if it ran under the same conditions: each keeps its ratio to Tsugiki in its own run."""
     there = json.loads(path.read_text()) if path.exists() else {}
     key = "/".join(found[k] for k in ("shape", "method", "data", "device", "cpu")) + (f"/{p}" if (p := found["preload"]) else "")
-    if (old := there.get(key)) and all(_short(old[k]) == _short(found[k]) for k in SAME):
+    key += "/compiled" if found.get("compiled") else ""
+    if (old := there.get(key)) and all(_short(old.get(k)) == _short(found.get(k)) for k in SAME):
         found = found | {"sides": {name: s for name in SIDES if (s := (old["sides"] | found["sides"]).get(name))}}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dict(sorted((there | {key: _short(found)}).items())), indent=1) + "\n")
@@ -175,7 +179,9 @@ Written by `python benchmarks/train_speed.py --write-docs` from `benchmarks/resu
 
 BOUNDS = """`python benchmarks/step_profile.py [--shape ...] [--compile]` prints it. On a processor without AMX the frozen weights'
 products take most of a step and already run at the rate of a product alone, so the gain over a peer is bounded by what the peer
-wastes: padding, logits of every token, quadratic masks, float32 adapters. What could still be won is the rest."""
+wastes: padding, logits of every token, quadratic masks, float32 adapters. With AMX those products are a third, and the passes over
+activations between them bound a step: norms, rotary, SwiGLU, sums, casts, which compiled layers halve, and the thin products of
+adapters. Attention was a third there too, until it was written in C (kernels/documents.c)."""
 
 
 GENERATION = """`python benchmarks/generate_speed.py` measures it: greedy, the same prompts and as many new tokens, in turns.
@@ -217,10 +223,12 @@ def page(results: dict) -> str:
     for found in results.values():
         v, r = found["versions"], found["rows"]
         title = ", ".join(filter(None, (found[k] for k in ("shape", "method", "data", "preload"))))
+        title += ", layers compiled" if found.get("compiled") else ""
+        attention = "the compiled kernel" if found.get("native") else "products of torch's"
         lines += ["", f"## {title}", "",
                   f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads, {found['device']}; Python "
                   f"{found['python']}, {', '.join(f'{k} {n}' for k, n in v.items())}; LD_PRELOAD {found['preload'] or 'not set'}.",
                   f"{SOURCES[found['data']]}: {r['rows']} rows, {r['tokens']:,} tokens, {r['trained']:,} trained; batches of "
                   f"{found['batch_size']}, at most {found['max_length']} tokens a row, {found['warmup']} + {found['steps']} steps, "
-                  f"turns by {found['turns']}.", "", *table(found)]
+                  f"turns by {found['turns']}. Tsugiki's attention: {attention}.", "", *table(found)]
     return "\n".join(lines) + "\n"

@@ -60,7 +60,8 @@ def tsugiki(job: dict, link: Link) -> None:
     timed.before, loop.Steps = 0, Ready
     # One step more, which never gets its turn: what a run does at its end would disturb the others.
     train = {"steps": job["steps"] + 1, "batch_size": job["batch_size"], "max_length": job["max_length"], "lr": LR[job["method"]],
-             "schedule": "constant", "warmup": 0.0, "seed": job["seed"], "log_steps": 1, "save_steps": 10**6}
+             "schedule": "constant", "warmup": 0.0, "seed": job["seed"], "log_steps": 1, "save_steps": 10**6,
+             "compile": job["compile"]}
     method = {"lora": {"rank": RANK, "alpha": ALPHA}, "prefix": {"tokens": PREFIX}}.get(job["method"], {})
     tg.train_run(build(RunConfig, {
         "base": job["base"], "out": str(out), "device": job["device"], "data": {"files": [job["rows"]]}, "train": train,
