@@ -148,7 +148,8 @@ def measure(args, say) -> dict:
                             for p, c in rows))
     env = environment(args.threads)
     job = {"base": str(base), "rows": str(path), "work": str(folder), "method": args.method, "device": args.device,
-           "compile": "on" if args.compile else "auto", "seed": args.seed, "batch_size": args.batch_size, "max_length": args.max_length, "steps": args.warmup + args.steps}
+           "compile": "on" if args.compile else "auto",
+           "seed": args.seed, "batch_size": args.batch_size, "max_length": args.max_length, "steps": args.warmup + args.steps}
     turns = args.turns if args.turns != "auto" else "step" if args.device == "cpu" and fits(args, rows) else "block"
     say(f"{args.shape}, {args.method}, {data}: {args.warmup} + {args.steps} steps of {args.batch_size} rows, "
         f"turns by {turns}")

@@ -1,4 +1,4 @@
-"""Adapters of one method computed as one give what each gives alone, whatever their sizes, rows and order; nothing passes between them."""
+"""Adapters of one method computed as one give what each gives alone, whatever their sizes and rows; nothing passes between them."""
 import dataclasses
 
 import pytest

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from speed.shapes import SOURCES
 from speed.sides import SAME_ROWS, SIDES
-
 from tsugiki.kernels import native
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "unsloth")
