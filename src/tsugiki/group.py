@@ -156,7 +156,7 @@ class Stacks:
         found = self.kept.get(key)
         if found is not None and found.fresh():
             return found.edit
-        while len(self.kept) >= self.KEPT:
-            self.kept.pop(next(iter(self.kept)), None)
+        for old in list(self.kept)[:1 - self.KEPT]:   # a list: other threads may be here too
+            self.kept.pop(old, None)
         made = self.kept[key] = _Kept(edits, dtype)
         return made.edit

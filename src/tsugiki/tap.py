@@ -76,7 +76,7 @@ class Tap(Unsaved):
         delattr(self, child(adapter))
         for port in (self.pres, self.posts, self.keeps):
             port.pop(adapter, None)
-        self.stacks.kept.clear()
+        self.stacks = Stacks()                        # a new one: another thread may be using the old
 
     def context(self) -> Context:
         """The forward in progress; outside of one (a layer called by hand) the default adapters, on every row."""
