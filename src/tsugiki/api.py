@@ -88,13 +88,14 @@ def train_many(model: nn.Module, tokenizer, jobs: Sequence[Mapping | JobConfig] 
     once. What is wrong with one job stops that job alone. Raises UserError for jobs that are no list of jobs, or share a name.
     """
     shared = {"base": str(getattr(model.config, "_name_or_path", "") or ""), "bits": few_bits(model) or 0}
-    found, wrong = jobs_of(jobs, out, shared=shared)
+    found, wrong, names = jobs_of(jobs, out, shared=shared)
     with Joint(model, tokenizer, out, tokens=tokens, quiet=quiet) as joint:
         for name, why in wrong.items():
             joint.refuse(name, why)
         for job in found:
             joint.admit(job)
-        return joint.run()
+        results = joint.run()
+    return {name: results[name] for name in names}
 
 
 def train_jobs(jobs: Jobs, *, quiet: bool = False) -> dict[str, Result | Failure]:
@@ -121,7 +122,8 @@ def train_jobs(jobs: Jobs, *, quiet: bool = False) -> dict[str, Result | Failure
         for job in jobs.jobs:
             if job.name in rows:
                 joint.admit(job, rows[job.name])
-        return joint.run()
+        results = joint.run()
+    return {name: results[name] for name in jobs.names}
 
 
 def evaluate(model: nn.Module, tokenizer, data: str | Path | Sequence[Conversation] | None = None, *, adapter: str | None = None,

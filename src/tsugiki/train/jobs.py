@@ -54,31 +54,37 @@ class Jobs:
     out: str
     tokens: int | None
     jobs: tuple[JobConfig, ...]
+    names: tuple[str, ...]                            # of all, as they stand in the file
     wrong: dict[str, str] = field(default_factory=dict)
 
 
-def read_jobs(path: str, **over: Any) -> Jobs:
-    """A jobs file; `over` wins over its keys where it is not None. UserError for a mistake that is not of one job alone."""
-    values = read_yaml(path)
+def read_jobs(path: str, over: Mapping | None = None) -> Jobs:
+    """A jobs file; the nested keys of `over` win over its own, those of a run over every job's. UserError for a mistake that is
+    not of one job alone."""
+    values, over = read_yaml(path), dict(over or {})
     try:
         known = [f.name for f in dataclasses.fields(_Together)]
         for key in values:
             if key not in (*known, "defaults", "jobs"):
                 raise UserError(f"{key}: unknown key{nearest(key, [*known, 'defaults', 'jobs'])}; allowed: {', '.join(known)}, "
                                 "defaults (keys of a run for all jobs), jobs")
-        given = {k: v for k, v in over.items() if v is not None}
+        given = {k: over.pop(k) for k in known if k in over}
         top = build(_Together, {k: v for k, v in values.items() if k in known} | given)
         if not top.out:
             raise UserError("out: missing; give --out DIR, the folder of the jobs' folders")
-        found, wrong = jobs_of(values.get("jobs"), top.out, values.get("defaults"), {k: getattr(top, k) for k in SHARED})
+        found, wrong, names = jobs_of(values.get("jobs"), top.out, values.get("defaults"), {k: getattr(top, k) for k in SHARED}, over)
+        if not found:
+            raise UserError(f"{next(iter(wrong.values()))} (no job is right)")
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
-    return Jobs(top.base, top.device, top.bits, top.trust_remote_code, top.out, top.tokens, tuple(found),
+    return Jobs(top.base, top.device, top.bits, top.trust_remote_code, top.out, top.tokens, tuple(found), names,
                 {name: f"{path}: {why}" for name, why in wrong.items()})
 
 
-def jobs_of(given: Any, out: str | Path, defaults: Any = None, shared: Mapping | None = None) -> tuple[list[JobConfig], dict]:
-    """(the jobs that are right, what is wrong with the others by name) from a list, or a mapping by name.
+def jobs_of(given: Any, out: str | Path, defaults: Any = None, shared: Mapping | None = None,
+            over: Mapping | None = None) -> tuple[list[JobConfig], dict[str, str], tuple[str, ...]]:
+    """(the jobs that are right, what is wrong with the others by name, all names in order) from a list, or a mapping by name: keys of a run, laid over
+    `defaults` and under `over`.
 
     Raises UserError for what is no mistake of one job: no jobs at all, one without a name, two with one name or folder.
     """
@@ -96,15 +102,15 @@ def jobs_of(given: Any, out: str | Path, defaults: Any = None, shared: Mapping |
         name = _name(values, n)
         if name in wrong or name in (job.name for job in found):
             raise UserError(f"jobs: two are called {name}; a name is a job's own")
-        folder = Path(values.get("out") or Path(out) / name).absolute()
-        if other := folders.setdefault(folder, name) if str(folder) else None:
-            if other != name:
-                raise UserError(f"jobs: {other} and {name} both have the folder {folder}; a folder is a job's own")
+        own = values.run.out if isinstance(values, JobConfig) else values.get("out")
+        folder = Path(str(own or Path(out) / name)).absolute()
+        if (other := folders.setdefault(folder, name)) != name:
+            raise UserError(f"jobs: {other} and {name} both have the folder {folder}; a folder is a job's own")
         try:
-            found.append(job_of(values, out, defaults, shared))
+            found.append(job_of(values, out, defaults, shared, over))
         except UserError as e:
             wrong[name] = str(e)
-    return found, wrong
+    return found, wrong, tuple(folders.values())
 
 
 def _name(values: Any, n: int) -> str:
@@ -120,21 +126,22 @@ def _name(values: Any, n: int) -> str:
 
 
 def job_of(values: Mapping | JobConfig, out: str | Path, defaults: Mapping | None = None,
-           shared: Mapping | None = None) -> JobConfig:
-    """One job from its values laid over the defaults; UserError begins with its name."""
+           shared: Mapping | None = None, over: Mapping | None = None) -> JobConfig:
+    """One job from its values laid over the defaults and under `over`; UserError begins with its name."""
     if isinstance(values, JobConfig):
         return values
     name = _name(values, 1)
     try:
         for key in (*SHARED, "adapter"):
-            if key in values or key in (defaults or ()):
+            if any(key in (layer or ()) for layer in (values, defaults, over)):
                 why = "the job's name is the adapter's" if key == "adapter" else "one for all jobs, since there is one base"
                 raise UserError(f"{key}: {why}; it is no key of a job")
-        layers = [_plain(dict(defaults or {})), _plain({k: v for k, v in values.items() if k != "name"})]
-        if "name" in layers[1].get("method", {}):     # another method does not take over the settings of the default one
-            if layers[1]["method"]["name"] != layers[0].get("method", {}).get("name"):
-                layers[0].pop("method", None)
-        laid = merge(*layers)
+        laid: dict = {}
+        for layer in (defaults, {k: v for k, v in values.items() if k != "name"}, over):
+            layer = _plain(dict(layer or {}))
+            if _name_of(layer) not in (None, _name_of(laid)):
+                laid.pop("method", None)              # another method takes over no settings
+            laid = merge(laid, layer)
         turn = build(Turn, {k: laid.pop(k) for k in [f.name for f in dataclasses.fields(Turn)] if k in laid})
         if isinstance(laid.get("method"), dict):
             laid["method"].setdefault("name", "lora")
@@ -147,6 +154,12 @@ def job_of(values: Mapping | JobConfig, out: str | Path, defaults: Mapping | Non
     except UserError as e:
         raise UserError(f"{name}: {e}") from None
     return JobConfig(name, run, turn)
+
+
+def _name_of(values: Mapping) -> Any:
+    """Of the method, where there is one."""
+    method = values.get("method")
+    return method.get("name") if isinstance(method, Mapping) else None
 
 
 def _plain(values: dict) -> dict:

@@ -16,7 +16,8 @@ def forwards(jobs: Sequence[Job], rows: Sequence[Sequence[int]], max_tokens: int
     A forward holds rows of several jobs, each job's next to one another, in the order of `jobs`; only padded and packed rows, and
     rows with and without virtual tokens, go into forwards of their own. apart: each job has its own forwards.
     """
-    batches, kinds = [], [("pad" if len(jobs) > 1 else job.layout, bool(job.adapter.virtual), n if apart else 0) for n, job in enumerate(jobs)]
+    batches = []
+    kinds = [("pad" if len(jobs) > 1 else job.layout, bool(job.adapter.virtual), n * apart) for n, job in enumerate(jobs)]
     for kind in sorted(set(kinds)):
         documents = [(n, i) for n in range(len(jobs)) if kinds[n] == kind for i in sorted(rows[n])]
         examples = [jobs[n].examples[i] for n, i in documents]
