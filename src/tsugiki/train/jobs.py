@@ -72,7 +72,8 @@ def read_jobs(path: str, over: Mapping | None = None) -> Jobs:
         top = build(_Together, {k: v for k, v in values.items() if k in known} | given)
         if not top.out:
             raise UserError("out: missing; give --out DIR, the folder of the jobs' folders")
-        found, wrong, names = jobs_of(values.get("jobs"), top.out, values.get("defaults"), {k: getattr(top, k) for k in SHARED}, over)
+        shared = {k: getattr(top, k) for k in SHARED}
+        found, wrong, names = jobs_of(values.get("jobs"), top.out, values.get("defaults"), shared, over)
         if not found:
             raise UserError(f"{next(iter(wrong.values()))} (no job is right)")
     except UserError as e:
@@ -83,8 +84,8 @@ def read_jobs(path: str, over: Mapping | None = None) -> Jobs:
 
 def jobs_of(given: Any, out: str | Path, defaults: Any = None, shared: Mapping | None = None,
             over: Mapping | None = None) -> tuple[list[JobConfig], dict[str, str], tuple[str, ...]]:
-    """(the jobs that are right, what is wrong with the others by name, all names in order) from a list, or a mapping by name: keys of a run, laid over
-    `defaults` and under `over`.
+    """(the jobs that are right, what is wrong with the others by name, all names in order) from a list, or a mapping by name:
+    keys of a run, laid over `defaults` and under `over`.
 
     Raises UserError for what is no mistake of one job: no jobs at all, one without a name, two with one name or folder.
     """

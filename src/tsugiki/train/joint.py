@@ -20,7 +20,7 @@ from tsugiki.memory import out_of_memory
 from tsugiki.train import checkpoint as checkpoints
 from tsugiki.train.fitting import Fit, made_again, overhead
 from tsugiki.train.jobs import TAKEN, JobConfig, job_of
-from tsugiki.train.layout import attention, layout_of
+from tsugiki.train.layout import attention, layout_of, packs
 from tsugiki.train.log import Bars, console
 from tsugiki.train.loop import Interrupted, Progress, Steps, signals
 from tsugiki.train.rows import Rows, read_rows
@@ -384,12 +384,11 @@ class Joint:
         freeze_but(self.model, {f"{name}/{n}": p for name, job in self.jobs.items() for n, p in job.it.params.items()})
         with self.adapters.use(None):
             fast = self._stack.enter_context(attention(self.model, True))
+            isolates = fast or packs(self.model)
         layouts = {}
         for job in list(self.jobs.values()):
             try:
-                with self.adapters.use(None):
-                    layouts[job.name] = layout_of(self.model, job.it.examples, job.cfg.run.train, job.it.virtual, job.it.mixture,
-                                                  fast)
+                layouts[job.name] = layout_of(job.it.examples, job.cfg.run.train, job.it.virtual, job.it.mixture, fast, isolates)
             except UserError as e:
                 self._fail(job, e)
         if not self.jobs:

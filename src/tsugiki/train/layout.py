@@ -29,7 +29,7 @@ def arranged(model: nn.Module, examples: Sequence[Example], cfg: TrainConfig, vi
     """
     pad = cfg.layout == "pad"
     with attention(model, not (virtual or pad)) as fast:
-        yield layout_of(model, examples, cfg, virtual, mixture, fast)
+        yield layout_of(examples, cfg, virtual, mixture, fast, virtual or pad or fast or packs(model))
 
 
 @contextmanager
@@ -44,13 +44,13 @@ def attention(model: nn.Module, packed: bool) -> Iterator[bool]:
         yield fast
 
 
-def layout_of(model: nn.Module, examples: Sequence[Example], cfg: TrainConfig, virtual: bool, mixture: Mixture | None,
-              fast: bool) -> str:
-    """"pad" or "pack"; fast: the model's attention goes by document. Raises UserError as `arranged`."""
+def layout_of(examples: Sequence[Example], cfg: TrainConfig, virtual: bool, mixture: Mixture | None, fast: bool,
+              isolates: bool) -> str:
+    """"pad" or "pack"; fast: the model's attention goes by document; isolates: it `packs`. Raises UserError as `arranged`."""
     pad, pack = cfg.layout == "pad", cfg.layout == "pack"
     if pad or virtual and not pack:
         return "pad"
-    if not virtual and packs(model):
+    if not virtual and isolates:
         return "pack" if pack or fast or _waste(examples, cfg, mixture) > WASTE else "pad"
     if pack:
         why = "the method adds virtual tokens to each row" if virtual else "this model does not isolate packed documents"

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from tsugiki.data.batch import Batch, collate, micro_batches
+from tsugiki.route import Spans
 from tsugiki.train.loop import MULTIPLE, Job
 
 
@@ -17,7 +18,7 @@ def forwards(jobs: Sequence[Job], rows: Sequence[Sequence[int]], max_tokens: int
     rows with and without virtual tokens, go into forwards of their own. apart: each job has its own forwards.
     """
     batches = []
-    kinds = [("pad" if len(jobs) > 1 else job.layout, bool(job.adapter.virtual), n * apart) for n, job in enumerate(jobs)]
+    kinds = [(job.layout, bool(job.adapter.virtual), n * apart) for n, job in enumerate(jobs)]
     for kind in sorted(set(kinds)):
         documents = [(n, i) for n in range(len(jobs)) if kinds[n] == kind for i in sorted(rows[n])]
         examples = [jobs[n].examples[i] for n, i in documents]
@@ -49,4 +50,8 @@ def _ids(names: dict[int, str], batch: Batch) -> object:
     """The adapters of a batch, as `adapter_ids` takes them."""
     if len(names) == 1:
         return next(iter(names.values()))
-    return [names[n] for n in batch.owners[:, 0].tolist()]
+    if not batch.packed:
+        return [names[n] for n in batch.owners[:, 0].tolist()]
+    owners = batch.owners[0]
+    ends = [*((owners.diff() != 0).nonzero().flatten() + 1).tolist(), len(owners)]
+    return Spans(tuple(names.get(n) for n in owners[[end - 1 for end in ends]].tolist()), tuple(ends))
