@@ -35,7 +35,7 @@ from tsugiki.train.loop import Interrupted
 ALL = range(50)
 
 
-@pytest.mark.share(6)
+@pytest.mark.share(7)
 @pytest.mark.parametrize("seed", ALL)
 def test_jobs_trained_together_are_what_each_trains_alone(seed, tmp_path):
     jobs = draw(seed, tmp_path)
@@ -58,24 +58,22 @@ def test_the_schedules_draw_every_method(tmp_path):
     counts = [len(draw(seed, tmp_path / str(seed))) for seed in ALL]
     drawn = [{NAMES[(4 * seed + n) % len(NAMES)] for n in range(count)} for seed, count in zip(ALL, counts, strict=True)]
     assert set().union(*drawn) == set(NAMES) and {1, 16} < set(counts)
-    assert len(set().union(*drawn[::6])) > len(NAMES) / 2, "a usual run leaves most methods out"
+    assert len(set().union(*drawn[::7])) > len(NAMES) / 2, "a usual run leaves most methods out"
 
 
 def faulty(seed: int, kind: str, folder: Path, patch) -> tuple[Joint, int]:
-    """A joint run with a fault in its first job, and the tick at which that job stopped."""
+    """A joint run with a fault in its first job, and the tick in which that job stopped."""
     put, _, _ = FAULTS[kind]
-    rng = random.Random(seed)
-    when, stopped = rng.randint(0, 2), []
+    when, ticks, fault = random.Random(seed).randint(0, 2), [], []
 
     def at(made: Joint) -> None:
-        if "job0" not in made.jobs and not stopped:
-            stopped.append(made.now - 1)
-        if made.now >= when and made.jobs.get("job0") and made.jobs["job0"].begun and not fault:
-            fault.append(True)
-            put(made, "job0", patch)
-    fault: list[bool] = []
+        if "job0" in made.jobs:
+            ticks.append(made.now)
+            if made.now >= when and made.jobs["job0"].begun and not fault:
+                fault.append(True)
+                put(made, "job0", patch)
     made = joint(jobs_with(seed, folder, kind), budget(seed), at)
-    return made, stopped[0] if stopped else made.now - 1
+    return made, ticks[-1]
 
 
 def jobs_with(seed: int, folder: Path, kind: str):
@@ -87,7 +85,7 @@ def jobs_with(seed: int, folder: Path, kind: str):
     return [dataclasses.replace(jobs[0], turn=dataclasses.replace(jobs[0].turn, start=0)), *jobs[1:]]
 
 
-@pytest.mark.share(6)
+@pytest.mark.share(7)
 @pytest.mark.parametrize("seed", ALL)
 def test_a_fault_in_one_job_stops_it_alone_and_changes_no_bit_of_the_others(seed, tmp_path, monkeypatch):
     kind = list(FAULTS)[seed % len(FAULTS)]
@@ -122,7 +120,6 @@ def test_bad_data_in_one_job_is_its_result_and_the_others_train_the_same_bits(tm
     Path(again[0].run.data.files[0]).write_text('{"prompt": "a"}\n')
     made = joint(again)
     assert isinstance(made.results["job0"], Failure) and "job0.jsonl:1" in made.results["job0"].reason
-    assert list(made.results) == [job.name for job in again]
     assert want.keys() == bits(made).keys() and all(same(want[n], bits(made)[n]) for n in want)
 
 
@@ -222,7 +219,7 @@ def test_a_failed_job_stays_failed_while_others_go_on_and_is_tried_again_when_th
 
 def test_a_job_added_when_it_goes_on_is_as_one_added_at_that_tick(tmp_path):
     def late(folder: Path):
-        jobs = draw(10, folder, most=4)
+        jobs = draw(3, folder, most=4)
         return jobs[:-1], jobs[-1]
     first, more = late(tmp_path / "live")
 

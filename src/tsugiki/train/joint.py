@@ -140,9 +140,8 @@ class Joint:
                 self.adapters.remove(name)
             raise
         claim(Path(cfg.out), cfg, rows.fingerprint)
-        live = entry is not None and entry["status"] == "live"
-        self.jobs[name] = _Running(job, it, (entry["progress"], self.held.of(f"{name}/")) if live else None,
-                                   live and entry["begun"])
+        begun = entry is not None and entry["status"] == "live" and entry["begun"]
+        self.jobs[name] = _Running(job, it, (entry["progress"], self.held.of(f"{name}/")) if begun else None, begun)
         self._arranged = False
 
     def admit(self, job: JobConfig | Mapping, rows: Rows | None = None) -> None:
@@ -367,7 +366,7 @@ class Joint:
         """Its state in the last checkpoint back in place; whether there is one."""
         newest = checkpoints.newest(self.root)
         entry = newest.state["jobs"].get(job.name) if newest else None
-        if not entry or entry["status"] != "live":
+        if not entry or not entry.get("begun"):
             return False
         job.steps = Steps(job.steps.job, Path(job.cfg.run.out), self._say(job.name),
                           (entry["progress"], checkpoints.read(newest).of(f"{job.name}/")))
@@ -423,11 +422,14 @@ class Joint:
         entries: dict[str, dict] = {}
         for name, job in self.jobs.items():
             steps = job.steps
+            entries[name] = {"status": "live", "begun": job.begun}
+            if not job.begun:                         # it is as it will be made again
+                continue
             steps.progress.offset = steps.metrics.sync()
             for into, some in ((params, job.it.params), (best, steps.best), (buffers, steps.buffers)):
                 into |= {f"{name}/{n}": t for n, t in some.items()}
             moments |= steps.optimizer.state
-            entries[name] = {"status": "live", "begun": job.begun, "progress": vars(steps.progress)}
+            entries[name]["progress"] = vars(steps.progress)
         for name, result in self.results.items():
             if isinstance(result, Result):
                 entries[name] = {"status": "done", "progress": vars(result.progress), "steps": result.steps,
