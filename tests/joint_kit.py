@@ -50,10 +50,11 @@ def draw(seed: int, folder: Path, most: int = 16, sure: dict | None = None) -> l
         if looks:
             train |= {"eval_steps": 1} | rng.choice([{"patience": 1}, {"keep": "best"}, {}])
         name = f"job{n}"
-        values = {"method": {"name": method.name} | settings(method), "train": train, "eval": {"metric": "loss", "max_new_tokens": 2}}
+        values = {"method": {"name": method.name} | settings(method), "train": train}
+        values["eval"] = {"metric": "loss", "max_new_tokens": 2}
         if n == 0 and sure:
             values["train"] |= sure
-            looks = looks or "eval_steps" in sure
+            looks = looks or bool(sure.get("eval_steps"))
         held = {"eval": [str(write(folder / "data" / f"{name}-held.jsonl", rows(rng, 2)))]} if looks else {}
         made = rows(rng, rng.randint(3, 8), MARK * (n == 0))
         values["data"] = {"files": [str(write(folder / "data" / f"{name}.jsonl", made))]} | held

@@ -1,6 +1,6 @@
 """A fork server: imports once, then trains in forked children that it kills with SIGKILL, and compares what they leave.
 
-Usage: kill_server.py FOLDER RUNS [joint]. Prints one JSON line: runs, kills, in_saves (kills inside a checkpoint's save), identical.
+Usage: kill_server.py FOLDER RUNS [joint]. Prints one JSON line: runs, kills, in_saves (kills inside a save), identical.
 """
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def train(out: Path, pipe: int) -> None:
         os.write(pipe, b"]")
     checkpoint.save = save
     if JOINT:
-        joint_kit.joint(joint_kit.draw(7, out), at=lambda made: time.sleep(0.02), base=MODEL)
+        joint_kit.joint(joint_kit.draw(7, out, most=3), at=lambda made: time.sleep(0.02), base=MODEL)
     else:
         go(config(out, **SETTINGS), MODEL)
 

@@ -300,10 +300,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path):
 def test_joint_runs_killed_at_random_moments_end_in_the_same_bits(tmp_path):
     """A fork server trains in children and kills them with SIGKILL, half of the kills aimed into saves."""
     script = Path(__file__).with_name("kill_server.py")
-    done = subprocess.run([sys.executable, str(script), str(tmp_path), "3", "joint"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(script), str(tmp_path), "2", "joint"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report["identical"] == 3 and report["kills"] >= 4, report
+    assert report["identical"] == 2 and report["kills"] >= 3, report
 
 
 # The base and the folder

@@ -13,7 +13,8 @@ class Turns:
 
         sum over the other jobs k of (1 + (c / w + S) w_k / c_k) ticks, S the largest c / w of all jobs,
 
-    and over any stretch in which not all fit, two jobs' tokens divided by their weights differ by no more than 2 S. When all
+    and of two jobs that have to wait, the tokens divided by their weights differ by no more than 2 S. A job takes one step a tick
+    at most: what it could not use of its share is kept up to S, and no more, so it never becomes a claim on the others. When all
     fit, nobody waits, and the accounts are level again.
     """
 
@@ -40,8 +41,10 @@ class Turns:
             for name in costs:
                 self.accounts[name] = 0.0
             return
+        most = max(costs[name] / weights[name] for name in costs)
+        least = min(self.accounts[name] for name in costs if name not in chosen) - most
         for name in chosen:
-            self.accounts[name] += costs[name] / weights[name]
+            self.accounts[name] = max(self.accounts[name] + costs[name] / weights[name], least)
 
     def forget(self, name: str) -> None:
         self.accounts.pop(name, None)
