@@ -14,8 +14,9 @@ from tsugiki.adapters import attach
 from tsugiki.config import RunConfig, build
 from tsugiki.formats.native import settings
 from tsugiki.train import step as step_module
+from tsugiki.train.failure import Failure
 from tsugiki.train.jobs import JobConfig, Turn
-from tsugiki.train.joint import Failure, Joint
+from tsugiki.train.joint import Joint
 
 NAMES = list(ADAPTERS)
 SIZE = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1)

@@ -29,7 +29,8 @@ from tiny import EXACT, difference
 from tsugiki.errors import UserError
 from tsugiki.train import checkpoint
 from tsugiki.train import joint as joint_module
-from tsugiki.train.joint import Failure, Joint
+from tsugiki.train.failure import Failure
+from tsugiki.train.joint import Joint
 from tsugiki.train.loop import Interrupted
 
 ALL = range(50)

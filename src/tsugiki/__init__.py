@@ -40,7 +40,8 @@ from tsugiki.methods import (
     VeRA,
 )
 from tsugiki.sites import Family, Site, sites
-from tsugiki.train.joint import Failure, Joint
+from tsugiki.train.failure import Failure
+from tsugiki.train.joint import Joint
 
 __version__ = "0.1.0"
 __all__ = ["AdaLoRA", "Adapters", "BOFT", "BitFit", "DataConfig", "DoRA", "EVA", "EvalConfig", "Failure", "Family", "Full", "IA3",

@@ -19,8 +19,9 @@ from tsugiki.evaluate.score import Score
 from tsugiki.evaluate.score import evaluate as score
 from tsugiki.load import base_path, compute_dtype, device_of, load, pad_id
 from tsugiki.methods import Full, make
+from tsugiki.train.failure import Failure
 from tsugiki.train.jobs import JobConfig, Jobs, jobs_of
-from tsugiki.train.joint import Failure, Joint
+from tsugiki.train.joint import Joint
 from tsugiki.train.log import console
 from tsugiki.train.rows import read_rows
 from tsugiki.train.run import Result, check_folder, run

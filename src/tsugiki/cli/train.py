@@ -163,8 +163,8 @@ def run_jobs(args: argparse.Namespace) -> int:
     from tsugiki.api import train_jobs
     from tsugiki.cli.main import emit
     from tsugiki.cli.tables import table
+    from tsugiki.train.failure import Failure
     from tsugiki.train.jobs import read_jobs
-    from tsugiki.train.joint import Failure
     if args.config:
         raise UserError("--config: is of one run; with --jobs, keys for all jobs stand under `defaults` in that file")
     over = given(args) | ({"tokens": args.tokens} if args.tokens else {})

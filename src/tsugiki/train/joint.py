@@ -5,7 +5,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,62 +12,19 @@ import torch
 from torch import nn
 
 from tsugiki.adapters import attach
-from tsugiki.data.batch import FORWARD_OVERHEAD, lengths_of
-from tsugiki.errors import RunError, UserError
+from tsugiki.errors import UserError
 from tsugiki.evaluate.answers import room_beside
 from tsugiki.memory import out_of_memory
 from tsugiki.train import checkpoint as checkpoints
-from tsugiki.train.fitting import Fit, made_again, overhead
+from tsugiki.train.failure import Failure, bare, reason_of
 from tsugiki.train.jobs import TAKEN, JobConfig, job_of
-from tsugiki.train.layout import attention, layout_of, packs
 from tsugiki.train.log import Bars, console
 from tsugiki.train.loop import Interrupted, Progress, Steps, signals
 from tsugiki.train.rows import Rows, read_rows
-from tsugiki.train.run import Ready, Result, before, check_folder, claim, freeze_but, layers_of, ready
+from tsugiki.train.run import Result, before, check_folder, claim, ready
 from tsugiki.train.step import Part, gradients
-from tsugiki.train.together import forwards, route
+from tsugiki.train.together import Running, arranged, forwards, route
 from tsugiki.train.turns import Turns
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A job that stopped alone: why, after how many steps; what it had until then is in its folder."""
-    out: Path
-    reason: str
-    step: int = 0
-    begun: bool = False
-
-    def plain(self) -> dict:
-        return {"out": str(self.out), "failed": self.reason, "steps": self.step}
-
-
-@dataclass(eq=False)
-class _Running:
-    """A job in memory."""
-    cfg: JobConfig
-    it: Ready
-    found: tuple[dict, checkpoints.Held] | None       # of the joint checkpoint, to go on from
-    begun: bool = False                               # scored as it was before training
-    steps: Steps | None = None                        # since its forwards are arranged
-    _next: tuple[int, list[int], int] = field(default=(-1, [], 0))
-
-    @property
-    def name(self) -> str:
-        return self.cfg.name
-
-    @property
-    def rows(self) -> list[int]:
-        """The rows of its next step."""
-        step = self.steps.progress.step
-        if self._next[0] != step:
-            rows = self.it.mixture.rows(step)
-            self._next = step, rows, sum(len(self.it.examples[i].ids) for i in rows)
-        return self._next[1]
-
-    @property
-    def cost(self) -> int:
-        """Tokens of its next step."""
-        return self.rows and self._next[2]
 
 
 class Joint:
@@ -94,7 +50,7 @@ class Joint:
         self.now: int = self.state["tick"]
         self.forward: int = self.state["forward"]     # tokens of a forward; less once memory ran out
         self.turns = Turns(self.state["accounts"])
-        self.jobs: dict[str, _Running] = {}
+        self.jobs: dict[str, Running] = {}
         self.results: dict[str, Result | Failure] = {}
         self._order: dict[str, None] = {}             # every job's name, as they were added
         self._stack, self._arranged, self._changed, self._saved_at = ExitStack(), False, False, time.monotonic()
@@ -141,7 +97,7 @@ class Joint:
             raise
         claim(Path(cfg.out), cfg, rows.fingerprint)
         begun = entry is not None and entry["status"] == "live" and entry["begun"]
-        self.jobs[name] = _Running(job, it, (entry["progress"], self.held.of(f"{name}/")) if begun else None, begun)
+        self.jobs[name] = Running(job, it, (entry["progress"], self.held.of(f"{name}/")) if begun else None, begun)
         self._arranged = False
 
     def admit(self, job: JobConfig | Mapping, rows: Rows | None = None) -> None:
@@ -150,7 +106,7 @@ class Joint:
         try:
             self.add(job, rows)
         except Exception as e:
-            self.refuse(name, _reason(e))
+            self.refuse(name, reason_of(e))
 
     def refuse(self, name: str, reason: str, out: Path | None = None) -> None:
         """Note a job that cannot begin."""
@@ -239,13 +195,13 @@ class Joint:
             self.save()
         return [job.name for job, _ in taken]
 
-    def _waiting(self) -> list[_Running]:
+    def _waiting(self) -> list[Running]:
         """The jobs that have begun, and begin with those whose time has come."""
         for job in [j for j in self.jobs.values() if not j.begun and j.cfg.turn.start <= self.now]:
             self._guarded(job, self._begin)
         return [job for job in self.jobs.values() if job.begun]
 
-    def _begin(self, job: _Running) -> None:
+    def _begin(self, job: Running) -> None:
         if not job.steps.resumed:
             picked, answers = job.it.asked()
             job.steps.begin(before(answers) if picked else None)
@@ -253,7 +209,7 @@ class Joint:
         if job.steps.done:                            # its folder held it, finished
             self._finish(job)
 
-    def _take(self) -> list[tuple[_Running, Part]]:
+    def _take(self) -> list[tuple[Running, Part]]:
         """The gradients of the next tick, nothing updated: with jobs that turn out to be at fault gone."""
         apart = False
         while waiting := {job.name: job for job in self.jobs.values() if job.begun}:
@@ -263,14 +219,14 @@ class Joint:
             try:
                 parts = self._gradients(jobs, apart)
             except Exception as e:
-                error = _bare(e)
+                error = bare(e)
             else:
                 self.turns.charge(costs, chosen, {name: job.cfg.turn.weight for name, job in waiting.items()})
                 return list(zip(jobs, parts, strict=True))
             apart = self._settle(error, jobs, apart)  # out here nothing of the failed forward is held by its traceback
         return []
 
-    def _gradients(self, jobs: list[_Running], apart: bool = False, rows: list[list[int]] | None = None) -> list[Part]:
+    def _gradients(self, jobs: list[Running], apart: bool = False, rows: list[list[int]] | None = None) -> list[Part]:
         """The gradient of each job's next step, or of some of its rows; thrown away where anything is wrong."""
         parts = [Part(params=job.it.params, optimizer=job.steps.optimizer, **job.steps.how()) for job in jobs]
         made, steps = [job.steps.job for job in jobs], [job.steps.progress.step for job in jobs]
@@ -283,7 +239,7 @@ class Joint:
             raise
         return parts
 
-    def _settle(self, error: Exception, jobs: list[_Running], apart: bool) -> bool:
+    def _settle(self, error: Exception, jobs: list[Running], apart: bool) -> bool:
         """Something went wrong in a tick of these jobs. Those at fault are stopped; whether to take the tick apart, each job in
         forwards of its own. Raises the error if that is how it was taken."""
         none_fits = out_of_memory(error)
@@ -302,36 +258,36 @@ class Joint:
             raise error
         return True
 
-    def _alone_wrong(self, job: _Running, memory: bool) -> Exception | None:
+    def _alone_wrong(self, job: Running, memory: bool) -> Exception | None:
         """What goes wrong in its next step when it is taken alone; of memory: in its longest row alone."""
         rows = [[max(job.rows, key=lambda i: len(job.it.examples[i].ids))]] if memory else None
         try:
             self._gradients([job], rows=rows)
         except Exception as e:
             if not memory:
-                return _bare(e)
+                return bare(e)
             return job.steps.no_room() if out_of_memory(e) else None
         else:
             job.steps.optimizer.zero_grad(set_to_none=True)
             return None
 
-    def _update(self, job: _Running, part: Part, began: float, tokens: int) -> None:
+    def _update(self, job: Running, part: Part, began: float, tokens: int) -> None:
         lr = job.steps.set_rate()
         try:
             result = part.update()
         except Exception as e:
-            self._fail(job, _bare(e), broken=True)
+            self._fail(job, bare(e), broken=True)
             return
         job.steps.note(result, lr, (time.monotonic() - began) * result.tokens / tokens)
         self._guarded(job, self._after)
 
-    def _after(self, job: _Running) -> None:
+    def _after(self, job: Running) -> None:
         """A step is taken: score, and end."""
         job.steps.score_if_due()
         if job.steps.done:
             self._finish(job)
 
-    def _finish(self, job: _Running) -> None:
+    def _finish(self, job: Running) -> None:
         steps = job.steps
         steps.save()                                  # in its own folder, as a run alone leaves it
         steps.take_best()
@@ -340,29 +296,29 @@ class Joint:
         self._drop(job.name)
         self._changed = True
 
-    def _guarded(self, job: _Running, act: Callable[[_Running], None]) -> None:
+    def _guarded(self, job: Running, act: Callable[[Running], None]) -> None:
         """Do something that is this job's alone; what goes wrong there is its failure."""
         try:
             with self._alone(job.name):
                 act(job)
         except Exception as e:
-            self._fail(job, _bare(e))
+            self._fail(job, bare(e))
 
-    def _fail(self, job: _Running, error: Exception, broken: bool = False) -> None:
+    def _fail(self, job: Running, error: Exception, broken: bool = False) -> None:
         """Stop one job; its last good state stays in its folder. broken: an update of it went wrong half-way."""
-        reason, step = _reason(error), job.steps.progress.step if job.steps else 0
+        reason, step = reason_of(error), job.steps.progress.step if job.steps else 0
         try:
             if step and (not broken or self._restore(job)):
                 job.steps.save()
                 job.it.save()
         except Exception as e:
-            reason += f"; what it had could not be saved in its folder ({_reason(e)})"
+            reason += f"; what it had could not be saved in its folder ({reason_of(e)})"
         self.results[job.name] = Failure(Path(job.cfg.run.out), reason, step, begun=True)
         self._drop(job.name)
         self._say(job.name)(f"failed: {reason}")
         self._changed = True
 
-    def _restore(self, job: _Running) -> bool:
+    def _restore(self, job: Running) -> bool:
         """Its state in the last checkpoint back in place; whether there is one."""
         newest = checkpoints.newest(self.root)
         entry = newest.state["jobs"].get(job.name) if newest else None
@@ -379,42 +335,19 @@ class Joint:
         if self._arranged or not self.jobs:
             return
         self._stack.close()
-        layers = layers_of(self.model)
-        freeze_but(self.model, {f"{name}/{n}": p for name, job in self.jobs.items() for n, p in job.it.params.items()})
-        with self.adapters.use(None):
-            fast = self._stack.enter_context(attention(self.model, True))
-            isolates = fast or packs(self.model)
-        layouts = {}
-        for job in list(self.jobs.values()):
-            try:
-                layouts[job.name] = layout_of(job.it.examples, job.cfg.run.train, job.it.virtual, job.it.mixture, fast, isolates)
-            except UserError as e:
-                self._fail(job, e)
-        if not self.jobs:
-            return
-        fit = self._measured(len(layers))
-        self._stack.enter_context(made_again(layers, fit.again, fit.offload))
-        longest = max(int(lengths_of(job.it.examples).max()) for job in self.jobs.values())
-        self.forward = max(self.forward or fit.tokens, longest)
-        each = overhead(layers, next(iter(self.jobs.values())).it.device) if layers else FORWARD_OVERHEAD
-        for job in self.jobs.values():
-            made = job.it.job(layouts[job.name], self.forward, each)
+        way = arranged(self._stack, self.model, {name: job.it for name, job in self.jobs.items()}, self.forward)
+        for name, wrong in way.refused.items():
+            self._fail(self.jobs[name], wrong)
+        self.forward = way.tokens
+        for name, job in self.jobs.items():
+            made = job.it.job(way.layouts[name], way.tokens, way.overhead)
             if job.steps is None:
-                say = self._say(job.name)
+                say = self._say(name)
                 say(job.it.described(made))
                 job.steps, job.found = Steps(made, Path(job.cfg.run.out), say, job.found), None
             else:
                 job.steps.job = made
         self._arranged = True
-
-    def _measured(self, layers: int) -> Fit:
-        """What fits of the job that takes most; those of one method take the same for a token."""
-        trained = sum(job.it.trainable for job in self.jobs.values())
-        kinds: dict[str, _Running] = {}
-        for job in self.jobs.values():
-            kinds.setdefault(repr((job.it.method, job.cfg.run.train.max_tokens, job.cfg.run.train.checkpointing)), job)
-        fits = [job.it.measured(layers, trained) for job in kinds.values()]
-        return Fit(min(f.tokens for f in fits), max(f.again for f in fits), any(f.offload for f in fits))
 
     def save(self) -> None:
         """One checkpoint of everything that is unfinished, exact to the bit, and what is known of the rest."""
@@ -446,18 +379,3 @@ def _check(out: Path) -> None:
     """UserError for a folder of other things."""
     if out.exists() and (not out.is_dir() or any(out.iterdir()) and not any((out / name).exists() for name in TAKEN)):
         raise UserError(f"{out}: is not empty and holds no jobs; choose another --out")
-
-
-def _reason(error: BaseException) -> str:
-    """Why, in one line."""
-    if out_of_memory(error):
-        return "out of memory"
-    line = next(iter(str(error).splitlines()), "")[:300]
-    if isinstance(error, OSError) and error.strerror:
-        line = f"{error.filename or ''}{': ' if error.filename else ''}{error.strerror}"
-    return line if isinstance(error, (UserError, RunError, OSError)) and line else f"{type(error).__name__}: {line}"
-
-
-def _bare(error: Exception) -> Exception:
-    """Without its traceback, which holds what the failed forward had made."""
-    return error.with_traceback(None)
