@@ -31,7 +31,8 @@ from tsugiki.evaluate.score import wilson
 from tsugiki.methods import METHODS, make
 from tsugiki.sites import width
 from tsugiki.train.loop import Interrupted
-from tsugiki.train.run import Rows, run
+from tsugiki.train.rows import Rows
+from tsugiki.train.run import run
 
 RESULTS = Path(__file__).parent / "results" / "methods_sst2.json"
 SEARCH = RESULTS.with_name("methods_sst2_search.json")

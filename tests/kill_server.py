@@ -1,6 +1,6 @@
 """A fork server: imports once, then trains in forked children that it kills with SIGKILL, and compares what they leave.
 
-Usage: kill_server.py FOLDER RUNS. Prints one JSON line: runs, kills, in_saves (kills inside a checkpoint's save), identical.
+Usage: kill_server.py FOLDER RUNS [joint]. Prints one JSON line: runs, kills, in_saves (kills inside a save), identical.
 """
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "src"), str(Path(__file__).parent)]
 
-from kit import config, go, left, llama  # noqa: E402
+import joint_kit  # noqa: E402
+from kit import config, go, llama  # noqa: E402
+from kit import left as left_by_one  # noqa: E402
 
 from tsugiki.train import checkpoint  # noqa: E402
 
@@ -30,7 +32,14 @@ def train(out: Path, pipe: int) -> None:
         plain(*args, **kwargs)
         os.write(pipe, b"]")
     checkpoint.save = save
-    go(config(out, **SETTINGS), MODEL)
+    if JOINT:
+        joint_kit.joint(joint_kit.draw(7, out, most=3), at=lambda made: time.sleep(0.02), base=MODEL)
+    else:
+        go(config(out, **SETTINGS), MODEL)
+
+
+def left(out: Path) -> dict:
+    return {p.name: left_by_one(p) for p in (out / "out").glob("job*")} if JOINT else left_by_one(out)
 
 
 def child(out: Path) -> tuple[int, int]:
@@ -105,5 +114,6 @@ def main(folder: Path, runs: int) -> None:
 
 
 if __name__ == "__main__":
-    MODEL = llama()
+    JOINT = "joint" in sys.argv[3:]
+    MODEL = joint_kit.model() if JOINT else llama()
     main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -19,7 +19,8 @@ from tsugiki.config import RunConfig, build
 from tsugiki.data import Renderer, load_conversations
 from tsugiki.formats.native import settings
 from tsugiki.methods import METHODS, Full
-from tsugiki.train.run import Result, read_rows, run
+from tsugiki.train.rows import read_rows
+from tsugiki.train.run import Result, run
 
 run_module = sys.modules["tsugiki.train.run"]         # `tsugiki.train` itself is the public function
 TOKENIZER = tokenizer("bytes", bos="<s>", eos="</s>", adds_bos=True)

@@ -165,7 +165,7 @@ def test_layers_lie_over_one_another_without_touching_each_other():
 
 
 def test_a_table_template_needs_both_sides():
-    from tsugiki.train.run import columns_of
+    from tsugiki.train.rows import columns_of
     for data, key in (({"prompt": "{a}"}, "completion"), ({"completion": "{a}"}, "prompt")):
         with pytest.raises(UserError, match=f"data.{key}: missing"):
             columns_of(RunConfig(data=DataConfig(**data)))

@@ -56,3 +56,11 @@ def test_custom_family(capsys):
     said = capsys.readouterr().out
     assert "'granite' is not known" in said and "merged into 6 modules" in said
     assert float(re.search(r"differ by (\S+)", said)[1]) < 1e-5
+
+
+def test_train_many(tmp_path, capsys):
+    example("train_many").main(str(tmp_path / "out"), steps=6)
+    said = capsys.readouterr().out
+    found = {name: (float(a), float(b)) for name, a, b in re.findall(r"(\w+): loss ([\d.]+) -> ([\d.]+) in 6 steps", said)}
+    assert found.keys() == {"arithmetic", "intent", "past", "record"} and all(after < before for before, after in found.values())
+    assert all((tmp_path / "out" / name / "adapter" / "adapter_model.safetensors").is_file() for name in found)

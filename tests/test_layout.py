@@ -47,7 +47,7 @@ GRAPH: dict[str, set[str]] = {
              "train"},
     "api": {"config", "core", "data", "errors", "evaluate", "load", "methods", "train", "weights"},
     "compare": {"config", "data", "errors", "evaluate", "load", "memory", "methods", "plan", "train"},
-    "top": {"api", "config", "core", "errors", "load", "methods", "sites"},
+    "top": {"api", "config", "core", "errors", "load", "methods", "sites", "train"},
     "cli": {"api", "capabilities", "combine", "compare", "config", "core", "data", "errors", "evaluate", "formats", "load",
             "methods", "plan", "train"},
 }

@@ -17,7 +17,8 @@ from tsugiki.errors import RunError, UserError
 from tsugiki.methods import METHODS, BitFit, Full, LoRA
 from tsugiki.train import loop
 from tsugiki.train import run as run_module
-from tsugiki.train.run import check_folder, read_rows
+from tsugiki.train.rows import read_rows
+from tsugiki.train.run import check_folder
 
 
 def explode(*args, **kwargs):

@@ -17,7 +17,8 @@ from tsugiki.errors import UserError
 from tsugiki.evaluate import tasks
 from tsugiki.train import scoring
 from tsugiki.train.report import score
-from tsugiki.train.run import read_rows, run
+from tsugiki.train.rows import read_rows
+from tsugiki.train.run import run
 
 STRANGE = [{"text": t} for t in ("日本語の文章です。", "猫が好きです。", "Ünïcödé çà et là", "12345 67890 日本", "好きな文章 là")]
 

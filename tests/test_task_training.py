@@ -11,7 +11,7 @@ from tsugiki.data import Renderer
 from tsugiki.errors import UserError
 from tsugiki.evaluate import tasks
 from tsugiki.evaluate.answers import room
-from tsugiki.train.run import read_rows
+from tsugiki.train.rows import read_rows
 
 WORDS = ("red", "green", "blue")
 

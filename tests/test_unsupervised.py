@@ -28,7 +28,7 @@ from tsugiki.errors import UserError
 from tsugiki.methods import LoRA
 from tsugiki.train.guard import told
 from tsugiki.train.loss import token_losses
-from tsugiki.train.run import read_rows
+from tsugiki.train.rows import read_rows
 
 SOURCE = [{"text": f"Once upon a time {w} and {v} sat on the mat, and it was {w}."} for w in WORDS for v in WORDS[:4]]
 HELD = [{"text": f"There was {w} once, and {v} too."} for w in WORDS for v in WORDS[:2]]

@@ -6,7 +6,7 @@
     tg.train(model, tokenizer, data="math.jsonl", adapter="math", out="runs/math")
 """
 from tsugiki.adapters import Adapters, attach
-from tsugiki.api import evaluate, generate, train, train_run
+from tsugiki.api import evaluate, generate, train, train_many, train_run
 from tsugiki.config import DataConfig, EvalConfig, RunConfig, TrainConfig
 from tsugiki.errors import RunError, UserError
 from tsugiki.load import load
@@ -40,10 +40,12 @@ from tsugiki.methods import (
     VeRA,
 )
 from tsugiki.sites import Family, Site, sites
+from tsugiki.train.failure import Failure
+from tsugiki.train.joint import Joint
 
 __version__ = "0.1.0"
-__all__ = ["AdaLoRA", "Adapters", "BOFT", "BitFit", "DataConfig", "DoRA", "EVA", "EvalConfig", "Family", "Full", "IA3",
-           "LNTuning", "LlamaAdapter", "LoHa", "LoKr", "LoRA", "LoRAPlus", "LoReFT", "MAM", "OFT", "OLoRA", "PTuning",
+__all__ = ["AdaLoRA", "Adapters", "BOFT", "BitFit", "DataConfig", "DoRA", "EVA", "EvalConfig", "Failure", "Family", "Full", "IA3",
+           "Joint", "LNTuning", "LlamaAdapter", "LoHa", "LoKr", "LoRA", "LoRAPlus", "LoReFT", "MAM", "OFT", "OLoRA", "PTuning",
            "Parallel", "ParallelLinear", "Pfeiffer", "PiSSA", "Prefix", "Prompt", "RunConfig", "RunError", "Series",
            "SeriesLinear", "Site", "TrainConfig", "UserError", "VeRA", "attach", "evaluate", "generate", "load", "sites",
-           "train", "train_run"]
+           "train", "train_many", "train_run"]

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -19,8 +19,12 @@ from tsugiki.evaluate.score import Score
 from tsugiki.evaluate.score import evaluate as score
 from tsugiki.load import base_path, compute_dtype, device_of, load, pad_id
 from tsugiki.methods import Full, make
+from tsugiki.train.failure import Failure
+from tsugiki.train.jobs import JobConfig, Jobs, jobs_of
+from tsugiki.train.joint import Joint
 from tsugiki.train.log import console
-from tsugiki.train.run import Result, check_folder, read_rows, run
+from tsugiki.train.rows import read_rows
+from tsugiki.train.run import Result, check_folder, run
 from tsugiki.weights import few_bits
 
 
@@ -73,6 +77,54 @@ def train_run(cfg: RunConfig, *, quiet: bool = False) -> Result:
     model, tokenizer = load(cfg.base, bits=cfg.bits or None, dtype=dtype, device=cfg.device,
                             trust_remote_code=cfg.trust_remote_code)
     return run(model, tokenizer, cfg, rows, quiet=quiet, say=say)
+
+
+def train_many(model: nn.Module, tokenizer, jobs: Sequence[Mapping | JobConfig] | Mapping[str, Mapping], out: str | Path, *,
+               tokens: int | None = None, quiet: bool = False) -> dict[str, Result | Failure]:
+    """Train many adapters on one base, each as it would be alone; their results, or why they failed, by name.
+
+    jobs: of each its keys of a run (as in RunConfig, `data` and `method` also in short), its name, and its weight, as
+    {"name": "math", "data": "math.jsonl", "method": tg.LoRA(rank=8), "train": {"lr": 1e-3}, "weight": 2}. out: the folder that
+    each job's folder of its name goes into; what is found there goes on. tokens: of the jobs' steps together that are taken at
+    once. What is wrong with one job stops that job alone. Raises UserError for jobs that are no list of jobs, or share a name.
+    """
+    shared = {"base": str(getattr(model.config, "_name_or_path", "") or ""), "bits": few_bits(model) or 0}
+    found, wrong, names = jobs_of(jobs, out, shared=shared)
+    with Joint(model, tokenizer, out, tokens=tokens, quiet=quiet) as joint:
+        for name, why in wrong.items():
+            joint.refuse(name, why)
+        for job in found:
+            joint.admit(job)
+        results = joint.run()
+    return {name: results[name] for name in names}
+
+
+def train_jobs(jobs: Jobs, *, quiet: bool = False) -> dict[str, Result | Failure]:
+    """A jobs file: data is read and checked first, then the base is loaded, then all train."""
+    say = (lambda line: None) if quiet else (lambda line: console().print(line, markup=False))
+    device = device_of(jobs.device)
+    base_path(jobs.base)
+    rows, wrong, dtypes = {}, dict(jobs.wrong), {job.name: compute_dtype(job.run.train.dtype, device) for job in jobs.jobs}
+    for job in jobs.jobs:
+        try:
+            if dtypes[job.name] != dtypes[jobs.jobs[0].name]:
+                raise UserError(f"train.dtype: {job.run.train.dtype} is not {jobs.jobs[0].name}'s "
+                                f"{jobs.jobs[0].run.train.dtype}; there is one base")
+            rows[job.name] = read_rows(job.run, lambda line, name=job.name: say(f"{name}: {line}"))
+        except (UserError, OSError) as e:
+            wrong[job.name] = str(e)
+    if not rows:
+        return {name: Failure(Path(jobs.out) / name, why) for name, why in wrong.items()}
+    model, tokenizer = load(jobs.base, bits=jobs.bits or None, dtype=dtypes[next(iter(rows))], device=jobs.device,
+                            trust_remote_code=jobs.trust_remote_code)
+    with Joint(model, tokenizer, jobs.out, tokens=jobs.tokens, quiet=quiet) as joint:
+        for name, why in wrong.items():
+            joint.refuse(name, why)
+        for job in jobs.jobs:
+            if job.name in rows:
+                joint.admit(job, rows[job.name])
+        results = joint.run()
+    return {name: results[name] for name in jobs.names}
 
 
 def evaluate(model: nn.Module, tokenizer, data: str | Path | Sequence[Conversation] | None = None, *, adapter: str | None = None,

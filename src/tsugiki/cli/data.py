@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from tsugiki.data import Renderer, load_conversations
     from tsugiki.data.check import check, show
     from tsugiki.load import EMBEDDED, load_tokenizer
-    from tsugiki.train.run import columns_of
+    from tsugiki.train.rows import columns_of
     text = {key: value.replace("\\n", "\n") for key in ("prompt", "completion") if (value := getattr(args, key))}
     data = build(DataConfig, {"files": args.files, "format": args.format, "labels": labels_of(args.labels)} | text, "data.")
     columns = columns_of(RunConfig(data=data))

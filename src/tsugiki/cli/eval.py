@@ -89,7 +89,7 @@ def _columns(args: argparse.Namespace):
     """(the data's format, its column templates)."""
     from tsugiki.cli.train import labels_of
     from tsugiki.config import DataConfig, RunConfig, build
-    from tsugiki.train.run import columns_of
+    from tsugiki.train.rows import columns_of
     text = {key: value.replace("\\n", "\n") for key in ("prompt", "completion") if (value := getattr(args, key))}
     data = build(DataConfig, {"format": args.format, "labels": labels_of(args.labels)} | text, "data.")
     return data.format, columns_of(RunConfig(data=data))

@@ -1,4 +1,4 @@
-"""`tsugiki train`: one run. Flags, a YAML file and --set are the same keys; the run's folder resumes by itself."""
+"""`tsugiki train`: one run, or many on one base. Flags, a YAML file and --set are the same keys; a folder resumes by itself."""
 from __future__ import annotations
 
 import argparse
@@ -14,8 +14,20 @@ HELP = """Fine-tune a model on rows of data.
 
   tsugiki train --data notes.txt --replay novels.txt --replay-ratio 0.1 --source-eval novel.txt --out runs/notes
 
+  tsugiki train --jobs jobs.yaml --out runs/many
+
 The folder gets adapter/ (or model/ for full fine-tuning), metrics.jsonl, run.yaml, checkpoints/ and report.html.
 Stopped by Ctrl-C, a kill or a power cut? The same command goes on from the last checkpoint, to the same bits.
+
+With --jobs, many adapters are trained on one base, each as it would be alone, and each in its own folder below --out:
+
+  base: embedded                      # one for all, as device and bits
+  defaults: {train: {epochs: 2}}      # keys of a run, for every job
+  jobs:
+    math:    {data: math.jsonl, method: {name: lora, rank: 16}}
+    reviews: {data: reviews.jsonl, method: prefix, train: {lr: 0.01}, weight: 2}
+
+Flags and --set win over every job's keys. A job that fails stops alone (exit code 1); see docs/many-adapters.md.
 """
 # flag -> key of the configuration
 KEYS = {"base": "base", "out": "out", "adapter_name": "adapter", "device": "device", "bits": "bits", "method": "method.name",
@@ -40,6 +52,8 @@ def add(commands) -> None:
     p.add_argument("--holdout", help="share of the rows to hold out instead, as 0.05")
     p.add_argument("--method", help="lora (the default), bitfit, full, ...; its fields by --set method.rank=16")
     p.add_argument("--out", metavar="DIR", help="folder of the run")
+    p.add_argument("--jobs", metavar="FILE", help="a YAML file of many jobs, trained together on one base")
+    p.add_argument("--tokens", help="with --jobs: tokens of the steps that are taken at once (default: what one forward holds)")
     p.add_argument("--format", help="alpaca, messages, sharegpt, prompt-completion or text (default: told from the fields)")
     p.add_argument("--prompt", help="for a table: the prompt as a template over its columns, as 'Review: {sentence}'")
     p.add_argument("--completion", help="for a table: the answer as a template, as ' {label}'")
@@ -104,13 +118,19 @@ def flags_of(args: argparse.Namespace, keys: dict[str, str]) -> dict:
     return flags
 
 
-def config_of(args: argparse.Namespace):
-    """The run's configuration from --config, flags and --set, later ones winning."""
-    from tsugiki.config import RunConfig, assignments, build, merge, put, read_yaml
+def given(args: argparse.Namespace) -> dict:
+    """The keys of a run that flags and --set give, later ones winning."""
+    from tsugiki.config import assignments, merge, put
     flags = flags_of(args, KEYS)
     if args.mix:
         put(flags, "data.mix", mix_of(args.mix))
-    values = merge(read_yaml(args.config) if args.config else {}, flags, assignments(args.set))
+    return merge(flags, assignments(args.set))
+
+
+def config_of(args: argparse.Namespace):
+    """The run's configuration from --config, flags and --set, later ones winning."""
+    from tsugiki.config import RunConfig, build, merge, read_yaml
+    values = merge(read_yaml(args.config) if args.config else {}, given(args))
     if isinstance(values.get("method"), str):
         values["method"] = {"name": values["method"]}
     if isinstance(values.get("method"), dict):
@@ -123,6 +143,10 @@ def run(args: argparse.Namespace) -> int:
     from tsugiki.cli.main import emit
     from tsugiki.cli.tables import before_after
     from tsugiki.train.guard import told
+    if args.jobs:
+        return run_jobs(args)
+    if args.tokens:
+        raise UserError("--tokens: is for --jobs; the tokens of one forward are train.max_tokens")
     cfg = config_of(args)
     result = train_run(cfg, quiet=args.quiet)
     values = result.plain()
@@ -133,3 +157,30 @@ def run(args: argparse.Namespace) -> int:
         lines.append(f"stopped early: {result.progress.stopped}")
     emit(args, values, "\n".join([*lines, f"saved   {result.saved}", f"report  {result.out / 'report.html'}"]))
     return 0
+
+
+def run_jobs(args: argparse.Namespace) -> int:
+    from tsugiki.api import train_jobs
+    from tsugiki.cli.main import emit
+    from tsugiki.cli.tables import table
+    from tsugiki.train.failure import Failure
+    from tsugiki.train.jobs import read_jobs
+    if args.config:
+        raise UserError("--config: is of one run; with --jobs, keys for all jobs stand under `defaults` in that file")
+    over = given(args) | ({"tokens": args.tokens} if args.tokens else {})
+    results = train_jobs(read_jobs(args.jobs, over), quiet=args.quiet)
+    failed = {name: r for name, r in results.items() if isinstance(r, Failure)}
+    rows = [(name, r.step if name in failed else r.progress.step, "failed" if name in failed else _told(r), r.out)
+            for name, r in results.items()]
+    lines = [table(("job", "steps", "result", "folder"), rows), *(f"{name}: {r.reason}" for name, r in failed.items())]
+    emit(args, {"jobs": {name: r.plain() for name, r in results.items()}, "failed": list(failed)}, "\n".join(lines))
+    return 1 if failed else 0
+
+
+def _told(result) -> str:
+    """`accuracy 0.120 -> 0.870`, or that it is done."""
+    before, after = result.progress.before, result.progress.after
+    metric = after.get("metric")
+    if metric is None:
+        return "stopped early" if result.progress.stopped else "done"
+    return f"{metric} {before[metric]:.3f} -> {after[metric]:.3f}" if metric in before else f"{metric} {after[metric]:.3f}"

@@ -9,7 +9,7 @@ from tsugiki.compare.study import Study
 from tsugiki.config import RunConfig, build, merge
 from tsugiki.data import Conversation, load_conversations, split
 from tsugiki.evaluate.tasks import Task
-from tsugiki.train.run import Rows, columns_of, read_rows
+from tsugiki.train.rows import Rows, columns_of, read_rows
 from tsugiki.train.sources import Sources
 
 

@@ -24,12 +24,14 @@ class Batch:
     ids: (B, T) int64. targets: (B, T) int64, the token to predict FROM this position, or -100.
     positions: (B, T) int64, restarting at 0 with every document. samples: (B, T) int64, row of the data set, -1 in padding.
     packed: rows hold several documents, so positions must be given to the model.
+    owners: (B, T) int64, which of the jobs of a step each token is of, -1 in padding; None: there is one job.
     """
     ids: torch.Tensor
     targets: torch.Tensor
     positions: torch.Tensor
     samples: torch.Tensor
     packed: bool
+    owners: torch.Tensor | None = None
 
     @property
     def supervised(self) -> int:
@@ -45,7 +47,8 @@ class Batch:
         return torch.cat([starts, starts.new_tensor([self.positions.numel()])]).int()
 
     def to(self, device: torch.device | str) -> Batch:
-        return replace(self, **{k: getattr(self, k).to(device) for k in ("ids", "targets", "positions", "samples")})
+        tensors = {k: v for k in ("ids", "targets", "positions", "samples", "owners") if (v := getattr(self, k)) is not None}
+        return replace(self, **{k: v.to(device) for k, v in tensors.items()})
 
 
 def stream_key(seed: int, *parts: object) -> int:

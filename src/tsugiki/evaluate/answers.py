@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import nn
@@ -11,6 +13,8 @@ from tsugiki.data.render import Renderer
 from tsugiki.errors import UserError
 from tsugiki.evaluate.decode import Decoder
 from tsugiki.load import max_positions
+
+_counted: ContextVar[str | None] = ContextVar("counted", default=None)    # the one adapter whose virtual tokens take room
 
 
 @torch.no_grad()
@@ -56,9 +60,19 @@ def generate_ids(model: nn.Module, prompts: Sequence[tuple[int, ...]], stop_ids:
 
 def room(model: nn.Module) -> int | None:
     """Positions for a prompt and its answer: the model's, less the most virtual tokens an attached adapter puts before them."""
-    limit, adapters = max_positions(model), getattr(model, "adapters", None)
-    virtual = max((count for count, _ in getattr(adapters, "virtual", {}).values()), default=0)
+    limit, adapters, only = max_positions(model), getattr(model, "adapters", None), _counted.get()
+    virtual = max((n for name, (n, _) in getattr(adapters, "virtual", {}).items() if only in (None, name)), default=0)
     return limit - virtual if limit else None
+
+
+@contextmanager
+def room_beside(adapter: str) -> Iterator[None]:
+    """Inside, `room` counts this adapter's virtual tokens alone: that others are attached changes nothing."""
+    token = _counted.set(adapter)
+    try:
+        yield
+    finally:
+        _counted.reset(token)
 
 
 def _batches(prompts: Sequence[tuple[int, ...]], size: int, fits: int) -> Iterator[Sequence[tuple[int, ...]]]:

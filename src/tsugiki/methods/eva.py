@@ -87,7 +87,7 @@ class EVAEdit(LoRAEdit):
             with torch.no_grad():
                 self.A.copy_(a)
         else:
-            self.A = nn.Parameter(a.to(self.A))
+            self.A = nn.Parameter(a.to(self.A, copy=True))        # several sites begin from one
             self.B = nn.Parameter(self.B.new_zeros(len(self.B), len(a)))
         self.scale = scale
 

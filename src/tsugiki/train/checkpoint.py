@@ -106,26 +106,46 @@ def verify(path: Path) -> str | None:
     return None
 
 
-def restore(checkpoint: Checkpoint, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
+@dataclass(frozen=True)
+class Held:
+    """The tensors of a checkpoint, or of one job in it: what training changes, the optimizer's moments, the best so far."""
+    where: Path
+    tensors: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+    best: dict[str, torch.Tensor]
+
+    def of(self, prefix: str) -> Held:
+        """Those whose names begin so, without it."""
+        parts = ({n.removeprefix(prefix): t for n, t in some.items() if n.startswith(prefix)}
+                 for some in (self.tensors, self.moments, self.best))
+        return Held(self.where, *parts)
+
+
+def read(checkpoint: Checkpoint) -> Held:
+    best = checkpoint.path / "best.safetensors"
+    return Held(checkpoint.path, load_file(checkpoint.path / "params.safetensors"),
+                load_file(checkpoint.path / "optimizer.safetensors"), load_file(best) if best.exists() else {})
+
+
+def restore(held: Held, params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
             buffers: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """Put the saved bits back into params, buffers and optimizer; returns the best tensors so far ({} if none)."""
-    saved, tensors = load_file(checkpoint.path / "params.safetensors"), params | (buffers or {})
-    if saved.keys() != tensors.keys():
-        raise RunError(f"{checkpoint.path}: holds other tensors than this run trains; delete it or choose another --out")
+    tensors = params | (buffers or {})
+    if held.tensors.keys() != tensors.keys():
+        raise RunError(f"{held.where}: holds other tensors than this run trains; delete it or choose another --out")
     with torch.no_grad():
         for name, p in tensors.items():
-            p.copy_(saved[name])
-    moments = load_file(checkpoint.path / "optimizer.safetensors")
+            p.copy_(held.tensors[name])
     for name, p in params.items():
-        entry = {k: moments[f"{name}:{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {k: v if k == "step" and not p.is_cuda else v.to(p.device) for k, v in entry.items()}
-    best = checkpoint.path / "best.safetensors"
-    return load_file(best) if best.exists() else {}
+        if f"{name}:step" in held.moments:              # of a job that has not taken a step there are none
+            entry = {k: held.moments[f"{name}:{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {k: v if k == "step" and not p.is_cuda else v.to(p.device) for k, v in entry.items()}
+    return held.best
 
 
 def _optimizer_tensors(params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {f"{name}:{key}": value.detach().contiguous() for name, p in params.items()
-            for key, value in optimizer.state[p].items()}
+            for key, value in optimizer.state.get(p, {}).items()}
 
 
 def _newest_first(root: Path) -> Sequence[Path]:

@@ -27,21 +27,35 @@ def arranged(model: nn.Module, examples: Sequence[Example], cfg: TrainConfig, vi
 
     Raises UserError when packing is asked for where it would not be exact.
     """
-    pad, pack = cfg.layout == "pad", cfg.layout == "pack"
+    pad = cfg.layout == "pad"
+    with attention(model, not (virtual or pad)) as fast:
+        yield layout_of(examples, cfg, virtual, mixture, fast, virtual or pad or fast or packs(model))
+
+
+@contextmanager
+def attention(model: nn.Module, packed: bool) -> Iterator[bool]:
+    """Inside, the model's attention goes by document, where a probe shows that it does what it did, and if rows are to be
+    `packed` that it isolates them; yields whether."""
     with ExitStack() as stack:
         with by_document(model) as there:
-            fast = there and _agrees(model) and (virtual or pad or packs(model))
+            fast = there and _agrees(model) and (not packed or packs(model))
         if fast:
             stack.enter_context(by_document(model))
-        if pad or virtual and not pack:
-            yield "pad"
-        elif not virtual and packs(model):
-            yield "pack" if pack or fast or _waste(examples, cfg, mixture) > WASTE else "pad"
-        elif pack:
-            why = "the method adds virtual tokens to each row" if virtual else "this model does not isolate packed documents"
-            raise UserError(f"train.layout: pack is not exact here ({why}); use pad or auto")
-        else:
-            yield "pad"
+        yield fast
+
+
+def layout_of(examples: Sequence[Example], cfg: TrainConfig, virtual: bool, mixture: Mixture | None, fast: bool,
+              isolates: bool) -> str:
+    """"pad" or "pack"; fast: the model's attention goes by document; isolates: it `packs`. Raises UserError as `arranged`."""
+    pad, pack = cfg.layout == "pad", cfg.layout == "pack"
+    if pad or virtual and not pack:
+        return "pad"
+    if not virtual and isolates:
+        return "pack" if pack or fast or _waste(examples, cfg, mixture) > WASTE else "pad"
+    if pack:
+        why = "the method adds virtual tokens to each row" if virtual else "this model does not isolate packed documents"
+        raise UserError(f"train.layout: pack is not exact here ({why}); use pad or auto")
+    return "pad"
 
 
 @torch.no_grad()

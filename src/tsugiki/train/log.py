@@ -5,10 +5,19 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class MetricsFile:
@@ -71,6 +80,39 @@ class Bar:
             left = (now - self.start) / max(1, done - self.first) * (self.total - done)
             print(f"{self.what} {done}/{self.total} {note} {clock(left)} left", file=sys.stderr, flush=True)
             self.last = now
+
+
+class Bars:
+    """The progress of several jobs: a bar each on a terminal; elsewhere a line every `every` seconds."""
+
+    def __init__(self, quiet: bool = False, every: float = 20.0):
+        self.quiet, self.every, self.last = quiet, every, time.monotonic()
+        self.tasks: dict[str, TaskID] = {}
+        live = sys.stderr.isatty() and not quiet
+        self.progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                                 console=console()) if live else None
+
+    def __enter__(self) -> Bars:
+        if self.progress:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self.progress:
+            self.progress.stop()
+
+    def update(self, running: Mapping[str, tuple[int, int]]) -> None:
+        """running: (steps done, all steps) by name; the bars of others go."""
+        if self.progress:
+            for name, (done, steps) in running.items():
+                if name not in self.tasks:
+                    self.tasks[name] = self.progress.add_task(name, total=steps)
+                self.progress.update(self.tasks[name], completed=done)
+            for name in [n for n in self.tasks if n not in running]:
+                self.progress.remove_task(self.tasks.pop(name))
+        elif not self.quiet and time.monotonic() - self.last >= self.every:
+            print(", ".join(f"{name} {done}/{steps}" for name, (done, steps) in running.items()), file=sys.stderr, flush=True)
+            self.last = time.monotonic()
 
 
 def clock(seconds: float) -> str:

@@ -99,25 +99,19 @@ def fit(job: Job, out: Path, *, quiet: bool = False, say: Callable[[str], None] 
     Leaves the trained weights in `job.params` (the best evaluated ones with cfg.keep = "best").
     Raises RunError on a non-finite step, Interrupted after SIGINT or SIGTERM (saved, to be resumed).
     """
-    run, cfg = Steps(job, out, say), job.cfg
+    run = Steps(job, out, say)
     progress = run.progress
     if not run.resumed:
-        with job.untrained():
-            if samples:
-                progress.samples = samples()
-            run.score_before()
+        run.begin(samples)
     saved_at = time.monotonic()
-    with _signals() as caught, Bar("train", job.steps, progress.step, quiet) as bar:
-        while progress.step < job.steps and not progress.stopped:
+    with signals() as caught, Bar("train", job.steps, progress.step, quiet) as bar:
+        while not run.done:
             run.step(bar)
-            last = progress.step == job.steps
-            if last or cfg.eval_steps and progress.step % cfg.eval_steps == 0:
-                run.score()
-            due = progress.step % cfg.save_steps == 0 if cfg.save_steps else time.monotonic() - saved_at > 60
-            if due or last or caught or progress.stopped:
+            run.score_if_due()
+            if run.due(saved_at) or caught or run.done:
                 run.save()
                 saved_at = time.monotonic()
-            if caught and not last:
+            if caught and progress.step < job.steps:
                 raise Interrupted(f"stopped by {signal.Signals(caught[0]).name} at step {progress.step} of {job.steps}, "
                                   "saved; the same command goes on from here", caught[0])
     run.take_best()
@@ -127,26 +121,44 @@ def fit(job: Job, out: Path, *, quiet: bool = False, say: Callable[[str], None] 
 class Steps:
     """The state of one run between two steps, all of it in memory or in the last checkpoint."""
 
-    def __init__(self, job: Job, out: Path, say: Callable[[str], None]):
+    def __init__(self, job: Job, out: Path, say: Callable[[str], None], found: tuple[dict, checkpoints.Held] | None = None):
+        """found: state and tensors to go on from, instead of the newest checkpoint in `out/checkpoints`."""
         self.job, self.root = job, out / "checkpoints"
         scale = job.adapter.cfg.lr_scale if job.adapter else (lambda name: 1.0)
         self.optimizer = adamw(job.params, job.lr, job.cfg.weight_decay, job.cfg.beta2, scale)
         self.buffers = {n: t for n, t in job.tensors.items() if n not in job.params}
-        checkpoints.clean(self.root)
-        found = checkpoints.newest(self.root, say)
+        if found is None:
+            checkpoints.clean(self.root)
+            newest = checkpoints.newest(self.root, say)
+            found = (newest.state, checkpoints.read(newest)) if newest else None
         self.resumed = found is not None
-        self.progress = Progress(**found.state) if found else Progress()
+        self.progress = Progress(**found[0]) if found else Progress()
         self.progress.max_tokens = self.progress.max_tokens or job.cfg.max_tokens or job.cfg.forward_tokens
         self.say = say
-        self.best = checkpoints.restore(found, job.params, self.optimizer, self.buffers) if found else {}
+        self.best = checkpoints.restore(found[1], job.params, self.optimizer, self.buffers) if found else {}
         if found:
             checkpoints.prune(self.root, job.cfg.save_keep)       # a kill may have come between a save and that
-            unfinished = self.progress.step < job.steps and not self.progress.stopped
-            say(f"going on from step {self.progress.step} of {job.steps}" if unfinished
-                else f"this run is finished ({self.progress.step} steps); nothing is trained again")
+            say(f"this run is finished ({self.progress.step} steps); nothing is trained again" if self.done
+                else f"going on from step {self.progress.step} of {job.steps}")
         self.stepped = False
         self.guard = Guard(job.cfg, self.progress)
         self.metrics = MetricsFile(out / "metrics.jsonl", self.progress.offset)
+
+    @property
+    def done(self) -> bool:
+        return self.progress.step >= self.job.steps or bool(self.progress.stopped)
+
+    def begin(self, samples: Callable[[], list[dict]] | None = None) -> None:
+        """What is asked of the model as it was before any training."""
+        with self.job.untrained():
+            if samples:
+                self.progress.samples = samples()
+            self.score_before()
+
+    def due(self, saved_at: float) -> bool:
+        """Whether a checkpoint is: every save_steps, else every minute."""
+        every = self.job.cfg.save_steps
+        return self.progress.step % every == 0 if every else time.monotonic() - saved_at > 60
 
     def save(self) -> None:
         self.progress.offset = self.metrics.sync()
@@ -178,6 +190,11 @@ class Steps:
 
     def _remember(self) -> None:
         self.best = {n: p.detach().clone() for n, p in self.job.tensors.items()}
+
+    def score_if_due(self) -> None:
+        every, progress = self.job.cfg.eval_steps, self.progress
+        if progress.step == self.job.steps or every and progress.step % every == 0:
+            self.score()
 
     def score(self) -> None:
         """Evaluate; remember the best parameters if they are asked for, stop when patience is out or too much is forgotten."""
@@ -215,15 +232,10 @@ class Steps:
 
     def step(self, bar: Bar) -> None:
         """Rows -> micro-batches -> update -> log. Nothing here depends on what happened before but the parameters."""
-        job, cfg, progress, began = self.job, self.job.cfg, self.progress, time.monotonic()
-        step = progress.step
-        lr = job.lr * schedule(cfg.schedule, step, job.steps, cfg.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        result = None
+        progress, began, lr, result = self.progress, time.monotonic(), self.set_rate(), None
         while result is None:
             try:
-                result = self._update(step)
+                result = self._update(progress.step)
             except (RunError, UserError):
                 raise
             except Exception as e:
@@ -233,16 +245,29 @@ class Steps:
             if result is None:                        # out here nothing of the failed forward is held by its traceback
                 self.optimizer.zero_grad(set_to_none=True)
                 way()
-        took = time.monotonic() - began
-        progress.step, progress.tokens, progress.seconds = step + 1, progress.tokens + result.tokens, progress.seconds + took
-        if progress.step % cfg.log_steps == 0 or progress.step in (1, job.steps):
+        self.note(result, lr, time.monotonic() - began)
+        bar.update(progress.step, f"loss {result.loss:.3f}  {progress.tokens / max(progress.seconds, 1e-9):,.0f} tok/s")
+
+    def set_rate(self) -> float:
+        """The learning rate of the next step, given to the optimizer."""
+        job = self.job
+        lr = job.lr * schedule(job.cfg.schedule, self.progress.step, job.steps, job.cfg.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        return lr
+
+    def note(self, result: StepResult, lr: float, took: float) -> None:
+        """A step is taken: the counters, and a line in metrics.jsonl."""
+        job, progress = self.job, self.progress
+        progress.step, progress.tokens = progress.step + 1, progress.tokens + result.tokens
+        progress.seconds += took
+        if progress.step % job.cfg.log_steps == 0 or progress.step in (1, job.steps):
             self.metrics.write(step=progress.step, loss=result.loss, lr=lr, norm=result.norm, supervised=result.supervised,
                                tokens=progress.tokens, tokens_per_second=round(result.tokens / took, 1),
                                seconds=round(progress.seconds, 3), **self._by_source(result))
         if not self.stepped:
             self.stepped = True
             self.say(f"first step after {took:.1f} s")
-        bar.update(progress.step, f"loss {result.loss:.3f}  {progress.tokens / max(progress.seconds, 1e-9):,.0f} tok/s")
 
     def _by_source(self, result: StepResult) -> dict:
         """Of each of several sources: its loss in this step, and its tokens so far."""
@@ -255,27 +280,41 @@ class Steps:
 
     def _update(self, step: int) -> StepResult:
         """One optimizer step, of the rows that (seed, step) give."""
-        job, cfg, adapter = self.job, self.job.cfg, self.job.adapter
+        job = self.job
         rows = job.mixture.rows(step)
-        of = {"source_of": job.mixture.source_of, "sources": len(job.mixture.sources)} if job.mixture.mixed else {}
         cuts = micro_batches({i: len(job.examples[i].ids) for i in rows}, rows, job.layout, self.progress.max_tokens,
                              job.overhead)
         device = next(iter(job.params.values())).device
         batches = [collate(job.examples, cut, job.pad_id, MULTIPLE.get(device.type, 1)).to(device) for cut in cuts]
-        return train_step(job.model, batches, job.params, self.optimizer, clip=cfg.clip, step=step + 1,
-                          where=lambda i: job.examples[i].where, route=lambda b: job.route(b, step), autocast=job.autocast, **of,
-                          penalty=(lambda: adapter.cfg.penalty(adapter)) if adapter else lambda: None,
-                          after=(lambda: adapter.cfg.after_step(adapter, step + 1, job.steps)) if adapter else lambda: None)
+        return train_step(job.model, batches, job.params, self.optimizer, route=lambda b: job.route(b, step),
+                          autocast=job.autocast, **self.how())
+
+    def how(self) -> dict:
+        """What a Part of the next step is told beside its parameters and optimizer."""
+        job, cfg, adapter, step = self.job, self.job.cfg, self.job.adapter, self.progress.step
+        of = {"source_of": job.mixture.source_of, "sources": len(job.mixture.sources)} if job.mixture.mixed else {}
+        if adapter is not None:
+            of |= {"penalty": lambda: adapter.cfg.penalty(adapter),
+                   "after": lambda: adapter.cfg.after_step(adapter, step + 1, job.steps)}
+        return {"clip": cfg.clip, "step": step + 1, "where": lambda i: job.examples[i].where} | of
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row of the next step."""
+        return max(len(self.job.examples[i].ids) for i in self.job.mixture.rows(self.progress.step))
+
+    def no_room(self) -> RunError:
+        """What is said where the longest row of the next step does not fit alone."""
+        hint = "" if self.job.cfg.checkpointing in ("on", "offload") else " or set train.checkpointing to on"
+        return RunError(f"step {self.progress.step + 1}: there is no memory for a row of {self.longest} tokens alone; shorten "
+                        f"train.max_length{hint}; nothing was updated, the last checkpoint is good")
 
     def _way_out(self, error: Exception) -> Callable[[], None] | None:
         """What to do before the step is taken again, or None. Nothing was updated: its gradients are thrown away."""
-        job, progress, step = self.job, self.progress, self.progress.step
+        job = self.job
         if out_of_memory(error):
-            longest = max(len(job.examples[i].ids) for i in job.mixture.rows(step))
-            if progress.max_tokens <= longest:
-                hint = "" if job.cfg.checkpointing in ("on", "offload") else " or set train.checkpointing to on"
-                raise RunError(f"step {step + 1}: there is no memory for a row of {longest} tokens alone; shorten train.max_length"
-                               f"{hint}; nothing was updated, the last checkpoint is good") from None
+            if self.progress.max_tokens <= self.longest:
+                raise self.no_room() from None
             return self._halve
         if job.layers is not None and job.layers.on:
             line = next(iter(str(error).splitlines()), "") or type(error).__name__
@@ -294,7 +333,7 @@ class Steps:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def signals() -> Iterator[list[int]]:
     """SIGINT and SIGTERM fill the list, read after each step; a second one acts as usual."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():

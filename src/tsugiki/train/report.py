@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 
 import jinja2
@@ -88,6 +89,7 @@ def table_of(before: Mapping, after: Mapping, sources_before: Mapping, sources_a
                     for name, s in sources_after.items() for key in ("loss", "perplexity")}
 
 
+@cache
 def page(template: Path) -> jinja2.Template:
     """A template with the pages' style, in which every value is escaped and printable."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,

@@ -2,14 +2,14 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import platform
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -17,17 +17,15 @@ import yaml
 from torch import nn
 
 from tsugiki import formats
-from tsugiki.adapters import attach
+from tsugiki.adapters import Adapter, attach
 from tsugiki.config import DataConfig, RunConfig, TrainConfig, merge
-from tsugiki.data import Columns, Conversation, Renderer, duplicates, load_conversations, split
-from tsugiki.data.batch import FORWARD_OVERHEAD, Batch, collate, lengths_of, stream_key
+from tsugiki.data import Conversation, Renderer
+from tsugiki.data.batch import FORWARD_OVERHEAD, Batch, collate, lengths_of
 from tsugiki.data.mixture import Mixture
 from tsugiki.data.render import Example
-from tsugiki.data.stream import Files
 from tsugiki.edit import Config
 from tsugiki.errors import UserError
 from tsugiki.evaluate.answers import generate_answers, room
-from tsugiki.evaluate.tasks import Task
 from tsugiki.formats.export import export_model
 from tsugiki.kernels.attention import active
 from tsugiki.load import compute_dtype, pad_id, stored_dtype
@@ -35,15 +33,17 @@ from tsugiki.memory import MAPPED, allocator, keep_freed_memory
 from tsugiki.methods import Full, make
 from tsugiki.route import token_keys
 from tsugiki.sites import decoder_layers, width
+from tsugiki.tap import base_parameters
 from tsugiki.train import scoring
-from tsugiki.train.compiled import compiling
+from tsugiki.train.compiled import Layers, compiling
 from tsugiki.train.fitting import Fit, made_again, measured, overhead
 from tsugiki.train.layout import arranged, largest_tensor
 from tsugiki.train.log import MetricsFile, console
 from tsugiki.train.loop import Job, Progress, fit
 from tsugiki.train.loss import token_losses
 from tsugiki.train.report import curves_of, table_of, write_report
-from tsugiki.train.sources import TOKENS, Sources, digest, read_sources, said, streams, tokenised
+from tsugiki.train.rows import Rows
+from tsugiki.train.sources import TOKENS, tokenised
 from tsugiki.weights import few_bits, numel
 
 # Keys that may differ between a run and its resumption: they change what is kept or shown, never the weights; the files'
@@ -51,22 +51,6 @@ from tsugiki.weights import few_bits, numel
 INERT = ("out", "device", "data.files", "data.eval", "data.template", "data.replay", "data.source_eval", "eval.task_data",
          "train.log_steps", "train.save_steps", "train.save_keep")
 TEMPORARY = "run.yaml.tmp"                            # left by a kill in the run's first moments
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The conversations of a run: what is trained on and what is held out. Large files are named, not read (Files)."""
-    train: list[Conversation] | Files
-    held_out: list[Conversation]
-    fingerprint: str
-    template: str | None = None                       # text of data.template
-    sources: Sources = Sources()                      # what is mixed in, and held-out text of it
-    task: Task | None = None                          # what is scored beside or instead of held-out rows
-
-    @property
-    def kind(self) -> str:
-        """Of the first row."""
-        return next(iter(self.train)).kind
 
 
 @dataclass(frozen=True)
@@ -86,53 +70,6 @@ class Result:
                 "sources": {name: {"before": self.progress.sources_before[name], "after": after}
                             for name, after in self.progress.sources_after.items()},
                 "report": str(self.out / "report.html")}
-
-
-def columns_of(cfg: RunConfig) -> Columns | None:
-    """The table templates of data.prompt and data.completion; UserError when only one is given."""
-    data = cfg.data
-    if not data.prompt and not data.completion:
-        return None
-    if not (data.prompt and data.completion):
-        raise UserError(f"data.{'completion' if data.prompt else 'prompt'}: missing; data.prompt and data.completion go together")
-    return Columns(prompt=data.prompt, completion=data.completion, labels=data.labels or None)
-
-
-def read_rows(cfg: RunConfig, say: Callable[[str], None]) -> Rows:
-    """Read, check and split the data of a run; says how many rows, and what stands on both sides of the split."""
-    if not cfg.data.files:
-        raise UserError("data.files: no training data; give --data FILE")
-    columns, data, template = columns_of(cfg), cfg.data, _template(cfg.data.template)
-    large = streams(data)
-    rows = Files(tuple(data.files), data.format, columns) if large else load_conversations(data.files, data.format, columns)
-    if data.max_rows and data.max_rows < len(rows):
-        generator = torch.Generator().manual_seed(stream_key(cfg.train.seed, "max_rows"))
-        rows = [rows[i] for i in sorted(torch.randperm(len(rows), generator=generator)[:data.max_rows].tolist())]
-    if data.eval:
-        train, held = rows, load_conversations(data.eval, data.format, columns)
-    elif data.holdout:
-        train, held = split(rows, data.holdout, cfg.train.seed)
-    else:
-        train, held = rows, []
-    count = f"{', '.join(data.files)} read as it is needed" if large else f"{len(train):,} rows to train on"
-    say(count + (f", {len(held):,} held out" if held else ", none held out"))
-    sources = read_sources(cfg, say)
-    if held and (both := duplicates(train, held)):
-        say(f"the held-out score is too good: {both}")
-    task = scoring.task_of(cfg, train, say)
-    asked = [f"{i.conversation.messages}{i.gold}{i.options}" for i in (task.items if task else ())]
-    shown = [digest(train)] if large else list(map(said, train))
-    text = "\0".join([*shown, *map(said, held), *filter(None, (template, sources.digest())), *asked])
-    count = len(shown)
-    fingerprint = hashlib.sha256(f"{count}\0{text}".encode("utf-8", "surrogatepass")).hexdigest()
-    return Rows(train, held, fingerprint, template, sources, task)
-
-
-def _template(path: str | None) -> str | None:
-    try:
-        return Path(path).read_text(encoding="utf-8") if path else None
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"data.template: {path}: {getattr(e, 'strerror', None) or 'is not UTF-8 text'}") from None
 
 
 def check_folder(out: Path, cfg: RunConfig, fingerprint: str) -> bool:
@@ -179,16 +116,99 @@ def _differences(old: dict, new: dict, prefix: str = ""):
             yield f"{prefix}{key}", was, now
 
 
-def run(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, *, quiet: bool = False,
-        say: Callable[[str], None] | None = None) -> Result:
-    """Train `model` on `rows` as `cfg` says, into cfg.out; the model is left trained, the adapter attached and active."""
-    say = say or (lambda line: None if quiet else console().print(line, markup=False))
-    out, train = Path(cfg.out), cfg.train
-    check_folder(out, cfg, rows.fingerprint)          # before anything is written there
+@dataclass(frozen=True)
+class Ready:
+    """A run with its data as tokens and its adapter attached; how its forwards are made is not settled yet."""
+    model: nn.Module
+    tokenizer: Any
+    cfg: RunConfig
+    rows: Rows
+    method: Config
+    params: dict[str, nn.Parameter]
+    adapter: Adapter | None                           # None: full fine-tuning
+    renderer: Renderer
+    limit: int                                        # tokens of a row
+    examples: Sequence[Example]
+    mixture: Mixture
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.params.values())).device
+
+    @property
+    def trainable(self) -> int:
+        return sum(p.numel() for p in self.params.values())
+
+    @property
+    def total(self) -> int:
+        """Parameters of the base and of what is trained."""
+        counts = {id(p): numel(p) for _, p in base_parameters(self.model)} | {id(p): p.numel() for p in self.params.values()}
+        return sum(counts.values())
+
+    @property
+    def virtual(self) -> bool:
+        return bool(self.adapter and self.adapter.virtual)
+
+    def autocast(self) -> AbstractContextManager:
+        """Full fine-tuning keeps float32 weights and may compute in bfloat16."""
+        mixed = self.adapter is None and compute_dtype(self.cfg.train.dtype, self.device) == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16) if mixed else nullcontext()
+
+    def measured(self, layers: int, trained: int) -> Fit:
+        """How its forwards fit into memory."""
+        route = route_of(self.cfg, self.adapter)
+
+        def losses(batch: Batch) -> torch.Tensor:
+            with self.autocast():
+                return token_losses(self.model, batch, **route(batch, 0))[0].sum()
+        return measured(self.model, self.examples, self.cfg.train, layers, trained, losses)
+
+    def job(self, layout: str, tokens: int, overhead: int, layers: Layers | None = None) -> Job:
+        """The training job, in forwards of so many tokens."""
+        model, cfg, train, rows = self.model, self.cfg, self.cfg.train, self.rows
+        how = (cfg.eval, pad_id(self.tokenizer), self.limit)
+        return Job(model, self.params, self.examples, dataclasses.replace(train, max_tokens=tokens),
+                   self.method.rate(width(model)) if train.lr is None else train.lr, pad_id(self.tokenizer), layout, self.mixture,
+                   route=route_of(cfg, self.adapter), adapter=self.adapter, autocast=self.autocast, overhead=overhead,
+                   layers=layers, untrained=nullcontext if self.adapter is None else partial(attach(model).use, None),
+                   evaluate=scoring.scored_by(model, self.renderer, rows.held_out, rows.task, *how),
+                   watched=scoring.losses(model, self.renderer, rows.sources.watched, *how))
+
+    def asked(self) -> tuple[list[Conversation], Callable[[], list[str]]]:
+        """The rows that the report shows, and a function that answers them as the model is then."""
+        picked, longest = scoring.samples(self.model, self.renderer, self.rows.held_out, self.rows.task, self.cfg.eval)
+        return picked, partial(generate_answers, self.model, self.renderer, picked, longest, 8, pad_id(self.tokenizer))
+
+    def described(self, job: Job) -> str:
+        """What is trained, in one line."""
+        mixed = "bf16" if not isinstance(self.autocast(), nullcontext) else str(self.model.dtype)[6:]
+        bits = f"base in {b} bits, " if (b := few_bits(self.model)) else ""
+        whose = f" ({self.method.name}'s for a base {width(self.model)} wide)" if job.cfg.lr is None else ""
+        return (f"{self.method.name}: {self.trainable:,} of {self.total:,} parameters trained ({self.trainable / self.total:.2%}), "
+                f"{job.steps} steps, {mixed} on {self.device.type}, {bits}layout {job.layout}, learning rate {job.lr:g}{whose}")
+
+    def save(self) -> Path:
+        """The adapter, or the model, into the run's folder."""
+        return _save(self.model, self.tokenizer, self.adapter, self.cfg, self.renderer, self.rows.kind)
+
+    def finish(self, progress: Progress, steps: int) -> Result:
+        """Save what was trained, and write the report."""
+        picked, answers = self.asked()
+        saved = self.save()
+        shown = [s | {"prompt": c.prompt_text, "expected": c.reference, "after": a}
+                 for s, c, a in zip(progress.samples, picked, answers() if picked else [], strict=False)]
+        result = Result(Path(self.cfg.out), saved, progress, steps, self.trainable, self.total)
+        write_report(result.out / "report.html", _report(result, self.cfg, self.params, shown, type(self.method).name))
+        return result
+
+
+def ready(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, say: Callable[[str], None]) -> Ready:
+    """Attach the adapter, tokenise the rows, let the method start from them. The adapter is left active, trained or not."""
+    train = cfg.train
+    check_folder(Path(cfg.out), cfg, rows.fingerprint)          # before anything is written there
     method = make(**cfg.method)
     model.eval()                                      # a base's own dropout would draw from the global generator
     params, adapter = _trainable(model, tokenizer, method, cfg)
-    full = adapter is None
     limit = min(train.max_length, room(model) or train.max_length)
     renderer = Renderer(tokenizer, template=rows.template, train_on=cfg.data.train_on, stop=cfg.data.stop)
     examples, report, mixture = tokenised(renderer, rows.train, rows.sources, limit, cfg, rows.fingerprint, say)
@@ -198,55 +218,45 @@ def run(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, *, quiet: bool 
     if adapter is not None:
         method.prepare(adapter, partial(look, model, examples, train, pad_id(tokenizer), cfg.adapter, mixture=mixture))
         params = adapter.parameters()                 # a start made from data may have changed their shapes
-    freeze_but(model, params)
-    how = (cfg.eval, pad_id(tokenizer), limit)
+    return Ready(model, tokenizer, cfg, rows, method, params, adapter, renderer, limit, examples, mixture)
+
+
+def run(model: nn.Module, tokenizer, cfg: RunConfig, rows: Rows, *, quiet: bool = False,
+        say: Callable[[str], None] | None = None) -> Result:
+    """Train `model` on `rows` as `cfg` says, into cfg.out; the model is left trained, the adapter attached and active."""
+    say = say or (lambda line: None if quiet else console().print(line, markup=False))
+    it = ready(model, tokenizer, cfg, rows, say)
+    freeze_but(model, it.params)
     with ExitStack() as stack:
-        job, fit_ = _prepare(stack, model, tokenizer, cfg, method, params, adapter, examples, mixture, say)
-        job = dataclasses.replace(job, evaluate=scoring.scored_by(model, renderer, rows.held_out, rows.task, *how),
-                                  watched=scoring.losses(model, renderer, rows.sources.watched, *how))
-        trainable, total = sum(p.numel() for p in params.values()), _count(model, params, full)
-        _say_start(job, fit_, model, method, trainable, total, say)
-        picked, longest = scoring.samples(model, renderer, rows.held_out, rows.task, cfg.eval)
-        answers = partial(generate_answers, model, renderer, picked, longest, 8, pad_id(tokenizer))
-        claim(out, cfg, rows.fingerprint)             # from here on the folder is this run's
-        progress = fit(job, out, quiet=quiet, say=say, samples=(lambda: [{"before": a} for a in answers()]) if picked else None)
-        saved = _save(model, tokenizer, adapter, cfg, renderer, rows.kind)
-        shown = [s | {"prompt": c.prompt_text, "expected": c.reference, "after": a}
-                 for s, c, a in zip(progress.samples, picked, answers() if picked else [], strict=False)]
-    result = Result(out, saved, progress, job.steps, trainable, total)
-    write_report(out / "report.html", _report(result, cfg, params, shown, type(method).name))
-    return result
+        job, fit_ = _prepare(stack, it, say)
+        _say_start(job, fit_, it, say)
+        picked, answers = it.asked()
+        claim(Path(cfg.out), cfg, rows.fingerprint)   # from here on the folder is this run's
+        progress = fit(job, Path(cfg.out), quiet=quiet, say=say, samples=before(answers) if picked else None)
+        return it.finish(progress, job.steps)
 
 
-def _prepare(stack: ExitStack, model: nn.Module, tokenizer, cfg: RunConfig, method, params: dict, adapter, examples,
-             mixture: Mixture, say: Callable[[str], None]) -> tuple[Job, Fit]:
+def before(answers: Callable[[], list[str]]) -> Callable[[], list[dict]]:
+    """The samples of a report, as they begin."""
+    return lambda: [{"before": a} for a in answers()]
+
+
+def _prepare(stack: ExitStack, it: Ready, say: Callable[[str], None]) -> tuple[Job, Fit]:
     """The job, and how its forwards fit into memory; what is changed about the model for it is undone when `stack` closes."""
-    train, full, pad = cfg.train, adapter is None, pad_id(tokenizer)
-    device = next(iter(params.values())).device
-    mixed = full and compute_dtype(train.dtype, device) == torch.bfloat16
-    autocast = partial(torch.autocast, device.type, torch.bfloat16) if mixed else nullcontext
-    route, layers = route_of(cfg, adapter), _layers(model)
-    layout = stack.enter_context(arranged(model, examples, train, bool(adapter and adapter.virtual), mixture))
-
-    def losses(batch: Batch) -> torch.Tensor:
-        with autocast():
-            return token_losses(model, batch, **route(batch, 0))[0].sum()
-    trained = sum(p.numel() for p in params.values())
-    fit_ = measured(model, examples, train, len(layers), trained, losses)
+    model, train, mixture, layers = it.model, it.cfg.train, it.mixture, layers_of(it.model)
+    layout = stack.enter_context(arranged(model, it.examples, train, it.virtual, mixture))
+    fit_ = it.measured(len(layers), it.trainable)
     stack.enter_context(made_again(layers, fit_.again, fit_.offload))
     steps = train.steps or train.epochs * mixture.pace
-    first = lengths_of(examples)[:mixture.sources[0].count]
+    first = lengths_of(it.examples)[:mixture.sources[0].count]
     work = steps * train.batch_size * int(first.sum()) / len(first) / (1 - float(sum(s.share for s in mixture.sources)))
-    work *= (6 if full else 4) * sum(p.numel() for layer in layers for p in layer.parameters())
+    work *= (6 if it.adapter is None else 4) * sum(p.numel() for layer in layers for p in layer.parameters())
     wish = "off" if train.compile == "auto" and fit_.again else train.compile
-    compiled = stack.enter_context(compiling(layers, wish, work, device, say))
-    return Job(model, params, examples, dataclasses.replace(train, max_tokens=fit_.tokens),
-               method.rate(width(model)) if train.lr is None else train.lr, pad, layout, mixture, route=route,
-               untrained=nullcontext if full else partial(attach(model).use, None), adapter=adapter, autocast=autocast,
-               overhead=overhead(layers, device) if layers else FORWARD_OVERHEAD, layers=compiled), fit_
+    compiled = stack.enter_context(compiling(layers, wish, work, it.device, say))
+    return it.job(layout, fit_.tokens, overhead(layers, it.device) if layers else FORWARD_OVERHEAD, compiled), fit_
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
+def layers_of(model: nn.Module) -> list[nn.Module]:
     """The decoder layers; none of a model whose family is not known, which can be trained full."""
     try:
         return list(decoder_layers(model))
@@ -254,19 +264,14 @@ def _layers(model: nn.Module) -> list[nn.Module]:
         return []
 
 
-def _say_start(job: Job, fit_: Fit, model: nn.Module, method: Config, trainable: int, total: int,
-               say: Callable[[str], None]) -> None:
+def _say_start(job: Job, fit_: Fit, it: Ready, say: Callable[[str], None]) -> None:
     """What is trained, and what was chosen for this machine, a line each."""
-    device = next(iter(job.params.values())).device
-    mixed = "bf16" if job.autocast is not nullcontext else str(model.dtype)[6:]
-    bits = f"base in {b} bits, " if (b := few_bits(model)) else ""
-    whose = f" ({method.name}'s for a base {width(model)} wide)" if job.cfg.lr is None else ""
-    say(f"{method.name}: {trainable:,} of {total:,} parameters trained ({trainable / total:.2%}), {job.steps} steps, "
-        f"{mixed} on {device.type}, {bits}layout {job.layout}, learning rate {job.lr:g}{whose}")
+    device = it.device
+    say(it.described(job))
     again = f", {fit_.again} of {len(job.layers.layers)} layers computed again in backward" if fit_.again else ""
     again += ", their inputs kept in the machine's memory" if fit_.offload else ""
     where = f"{torch.get_num_threads()} threads, {allocator()}" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    say(f"forwards of at most {fit_.tokens:,} tokens{again}, attention {'by document' if active(model) else 'of the model'}, "
+    say(f"forwards of at most {fit_.tokens:,} tokens{again}, attention {'by document' if active(it.model) else 'of the model'}, "
         f"{'compiled' if job.layers.on else 'eager'}; {where}")
 
 
@@ -325,11 +330,6 @@ def route_of(cfg: RunConfig, adapter):
         return lambda batch, step: {"adapter_ids": cfg.adapter}
     return lambda batch, step: {"adapter_ids": cfg.adapter,
                                 "token_keys": token_keys(cfg.train.seed, step, batch.samples, batch.positions)}
-
-
-def _count(model: nn.Module, params: dict, full: bool) -> int:
-    seen = {id(p): numel(p) for p in model.parameters()} | {id(p): p.numel() for p in params.values()}
-    return sum(seen.values())
 
 
 def _save(model, tokenizer, adapter, cfg: RunConfig, renderer: Renderer, kind: str) -> Path:
