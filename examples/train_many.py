@@ -17,7 +17,7 @@ def main(out: str, steps: int = 60) -> None:
 
     def job(name: str, method: tg.LoRA | tg.Series | tg.IA3, **more) -> dict:
         return {"name": name, "method": method, "data": {"files": str(DEMO / name / "train.jsonl"), "holdout": 0.02},
-                "train": {"steps": steps, "batch_size": 8}, "eval": {"metric": "loss"}} | more
+                "train": {"steps": steps, "batch_size": 8}, "eval": {"metric": "loss", "max_new_tokens": 12}} | more
 
     results = tg.train_many(model, tokenizer, [
         job("arithmetic", tg.LoRA(rank=16), weight=2),               # where not all fit into a tick, twice the tokens

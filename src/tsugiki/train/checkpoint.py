@@ -114,9 +114,9 @@ class Held:
     moments: dict[str, torch.Tensor]
     best: dict[str, torch.Tensor]
 
-    def of(self, prefix: str) -> Held:
-        """Those whose names begin so, without it."""
-        parts = ({n.removeprefix(prefix): t for n, t in some.items() if n.startswith(prefix)}
+    def take(self, prefix: str) -> Held:
+        """Those whose names begin so, without it; they are gone from here."""
+        parts = ({n.removeprefix(prefix): some.pop(n) for n in list(some) if n.startswith(prefix)}
                  for some in (self.tensors, self.moments, self.best))
         return Held(self.where, *parts)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tsugiki.adapters import attach
-from tsugiki.errors import UserError
+from tsugiki.errors import RunError, UserError
 from tsugiki.evaluate.answers import room_beside
 from tsugiki.memory import out_of_memory
 from tsugiki.train import checkpoint as checkpoints
@@ -46,6 +46,7 @@ class Joint:
         checkpoints.clean(self.root)
         newest = checkpoints.newest(self.root, self.say)
         self.state = newest.state if newest else {"tick": 0, "accounts": {}, "forward": 0, "jobs": {}}
+        self.saves = newest.step if newest else 0     # each has a number of its own: none takes another's place
         self.held = checkpoints.read(newest) if newest else None
         self.now: int = self.state["tick"]
         self.forward: int = self.state["forward"]     # tokens of a forward; less once memory ran out
@@ -97,16 +98,16 @@ class Joint:
             raise
         claim(Path(cfg.out), cfg, rows.fingerprint)
         begun = entry is not None and entry["status"] == "live" and entry["begun"]
-        self.jobs[name] = Running(job, it, (entry["progress"], self.held.of(f"{name}/")) if begun else None, begun)
+        self.jobs[name] = Running(job, it, (entry["progress"], self.held.take(f"{name}/")) if begun else None, begun)
         self._arranged = False
 
     def admit(self, job: JobConfig | Mapping, rows: Rows | None = None) -> None:
         """As `add`, but what is wrong with the job is its result."""
-        name = job.name if isinstance(job, JobConfig) else str(job["name"])
+        name, out = (job.name, job.run.out) if isinstance(job, JobConfig) else (str(job["name"]), job.get("out"))
         try:
             self.add(job, rows)
         except Exception as e:
-            self.refuse(name, reason_of(e))
+            self.refuse(name, reason_of(e), out and Path(out))
 
     def refuse(self, name: str, reason: str, out: Path | None = None) -> None:
         """Note a job that cannot begin."""
@@ -119,10 +120,11 @@ class Joint:
         if name not in self.jobs:
             raise UserError(f"{name}: no unfinished job has this name (there are: {', '.join(self.jobs) or 'none'})")
         self._arrange()
-        if self.jobs[name].begun:
-            self.jobs[name].steps.save()
         self.state["jobs"].pop(name, None)
-        self._drop(name)
+        if name in self.jobs:
+            if self.jobs[name].begun:
+                self.jobs[name].steps.save()
+            self._drop(name)
         self.save()
 
     def _over(self, name: str, entry: dict, cfg) -> bool:
@@ -255,7 +257,8 @@ class Joint:
                 torch.cuda.empty_cache()
             return apart
         if apart or none_fits:
-            raise error
+            raise RunError(f"tick {self.now + 1}: {reason_of(error)}, with {len(jobs)} jobs of which none is at fault alone; "
+                           "nothing was updated, the last checkpoint is good") from error
         return True
 
     def _alone_wrong(self, job: Running, memory: bool) -> Exception | None:
@@ -324,8 +327,8 @@ class Joint:
         entry = newest.state["jobs"].get(job.name) if newest else None
         if not entry or not entry.get("begun"):
             return False
-        job.steps = Steps(job.steps.job, Path(job.cfg.run.out), self._say(job.name),
-                          (entry["progress"], checkpoints.read(newest).of(f"{job.name}/")))
+        job.steps = Steps(job.steps.job, Path(job.cfg.run.out), lambda line: None,
+                          (entry["progress"], checkpoints.read(newest).take(f"{job.name}/")))
         return True
 
     # What all share
@@ -371,7 +374,8 @@ class Joint:
                 entries[name] = {"status": "failed", "reason": result.reason, "steps": result.step}
         keep = max((job.cfg.run.train.save_keep for job in self.jobs.values()), default=1)
         state = {"tick": self.now, "accounts": self.turns.accounts, "forward": self.forward, "jobs": entries}
-        checkpoints.save(self.root, self.now, params, SimpleNamespace(state=moments), state, keep, best, buffers)
+        self.saves += 1
+        checkpoints.save(self.root, self.saves, params, SimpleNamespace(state=moments), state, keep, best, buffers)
         self._changed, self._saved_at = False, time.monotonic()
 
 

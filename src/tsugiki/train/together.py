@@ -13,6 +13,7 @@ from tsugiki.data.batch import FORWARD_OVERHEAD, Batch, collate, lengths_of, mic
 from tsugiki.errors import UserError
 from tsugiki.route import Spans
 from tsugiki.train.checkpoint import Held
+from tsugiki.train.failure import bare
 from tsugiki.train.fitting import Fit, made_again, overhead
 from tsugiki.train.jobs import JobConfig
 from tsugiki.train.layout import attention, layout_of, packs
@@ -99,7 +100,7 @@ def _ids(names: dict[int, str], batch: Batch) -> object:
 class Arrangement:
     """How the forwards of several jobs are made. refused: jobs whose layout cannot be, by name, and why."""
     layouts: dict[str, str]
-    refused: dict[str, UserError]
+    refused: dict[str, Exception]
     tokens: int                                       # of a forward
     overhead: int
 
@@ -119,7 +120,7 @@ def arranged(stack: ExitStack, model: nn.Module, jobs: Mapping[str, Ready], toke
             layouts[name] = layout_of(it.examples, it.cfg.train, it.virtual, it.mixture, fast, isolates)
         except UserError as e:
             refused[name] = e
-    fit = _measured(list(jobs.values()), len(layers))
+    fit = _measured(jobs, len(layers), refused)
     stack.enter_context(made_again(layers, fit.again, fit.offload))
     longest = max(int(lengths_of(it.examples).max()) for it in jobs.values())
     device = next(iter(jobs.values())).device
@@ -127,9 +128,15 @@ def arranged(stack: ExitStack, model: nn.Module, jobs: Mapping[str, Ready], toke
                        overhead(layers, device) if layers else FORWARD_OVERHEAD)
 
 
-def _measured(jobs: Sequence[Ready], layers: int) -> Fit:
-    """What fits of the job that takes most; those of one method take the same for a token."""
-    trained = sum(it.trainable for it in jobs)
-    kinds = {repr((it.method, it.cfg.train.max_tokens, it.cfg.train.checkpointing)): it for it in reversed(jobs)}
-    fits = [it.measured(layers, trained) for it in kinds.values()]
-    return Fit(min(f.tokens for f in fits), max(f.again for f in fits), any(f.offload for f in fits))
+def _measured(jobs: Mapping[str, Ready], layers: int, refused: dict[str, Exception]) -> Fit:
+    """What fits of the job that takes most; those of one method take the same for a token. A job whose forward fails is refused."""
+    trained, fits = sum(it.trainable for it in jobs.values()), {}
+    for name, it in jobs.items():
+        kind = repr((it.method, it.cfg.train.max_tokens, it.cfg.train.checkpointing))
+        if kind not in fits and name not in refused:
+            try:
+                fits[kind] = it.measured(layers, trained)
+            except Exception as e:
+                refused[name] = bare(e)
+    found = list(fits.values()) or [Fit(1)]
+    return Fit(min(f.tokens for f in found), max(f.again for f in found), any(f.offload for f in found))
