@@ -1,0 +1,1 @@
+"""Many adapters of any method answering from one base: the engine, its HTTP interface, and a page."""
