@@ -62,8 +62,8 @@ class Script:
 
     def stats(self):
         return SimpleNamespace(running=len(self.running), waiting=0, finished=self.finished, generated=5, prefilled=4, cached=3,
-                               tokens_per_second=1.5, cache_tokens=1, cache_limit=2, steps=9, loads=1, evictions=0, load_seconds=0.1,
-                               adapters={None: (1, 2), 'al"pha': (3, 4)})
+                               tokens_per_second=1.5, cache_tokens=1, cache_limit=2, steps=9, loads=1, evictions=0,
+                               load_seconds=0.1, adapters={None: (1, 2), 'al"pha': (3, 4)})
 
     def submit(self, request, on_event=None):
         if len(self.running) >= self.queue:
@@ -80,7 +80,7 @@ class Script:
     def _answer(self, stream, on_event):
         self.begun.set()
         finish, text, sampling = "stop", f" {stream.request.adapter or 'the base'}", stream.request.sampling
-        for n in range(min(self.words, sampling.max_tokens)):
+        for _ in range(min(self.words, sampling.max_tokens)):
             if stream.stop.wait(self.pace):
                 finish = "cancelled"
                 break

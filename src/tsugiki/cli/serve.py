@@ -74,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
         def ready() -> None:
-            emit(args, {"url": url, "models": [base, *wanted]}, f"{base} and {len(wanted)} adapters answer at {url}/v1; the page is {url}/")
+            emit(args, {"url": url, "models": [base, *wanted]},
+                 f"{base} and {len(wanted)} adapters answer at {url}/v1; the page is {url}/")
             sys.stdout.flush()
         try:
             service = Service(Models(engine, tokenizer, base, model.get_input_embeddings().num_embeddings), setting)

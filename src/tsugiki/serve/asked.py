@@ -80,7 +80,7 @@ class Models:
         kind = self.kind(info) if asked == "auto" else asked
         if kind == "plain" and (len(messages) > 1 or messages[0].role != "user"):
             why = "was trained on" if info is not None else "has no chat template and takes"
-            raise Refusal(400, f"messages: {body['model']!r} {why} plain prompts: give one user message, or kind 'chat' to lay them out",
+            raise Refusal(400, f"messages: {body['model']!r} {why} plain prompts: give one user message, or kind 'chat'",
                           "messages")
         answer = Message("assistant", "")
         prompt = self.ids(info, [Conversation(kind, (*messages, answer), "messages")])

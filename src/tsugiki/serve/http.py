@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import suppress
@@ -13,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from tsugiki.serve import admin, metrics, page, schema
@@ -179,7 +180,8 @@ class Front:
                     raise
                 await self.service.page.response(401)(scope, receive, sending)        # it asks for the key
             else:
-                await self.app(scope, receive, sending)
+                with suppress(Exception):             # logged and answered by `_failed`; the connection goes on
+                    await self.app(scope, receive, sending)
         except Refusal as e:
             await reply(e.body(), e.status, e.headers)(scope, receive, sending)
         finally:
@@ -224,6 +226,7 @@ async def _not_routed(request: Request, e: HTTPException) -> Response:
 
 async def _failed(request: Request, e: Exception) -> Response:
     """A mistake of ours: its traceback is in the server's log, not in the answer."""
+    logging.getLogger(__name__).error("%s %s failed", request.method, request.url.path, exc_info=e)
     return reply(Refusal(500, "the server failed on this request; its log says why").body(), 500)
 
 

@@ -48,13 +48,14 @@ def document(limits: schema.Limits) -> dict:
     """OpenAPI 3.1. Its request bodies are `schema`'s, with this server's limits."""
     from tsugiki import __version__
     streamed = _json(ANSWER) | {"text/event-stream": {"schema": TEXT}}
-    busy, adapters = (401, 403, 404, 429, 500, 503, 504), {"type": "object", "properties": {"adapters": {"type": "array", "items": ADAPTER}}}
+    busy = (401, 403, 404, 429, 500, 503, 504)
+    adapters = {"type": "object", "properties": {"adapters": {"type": "array", "items": ADAPTER}}}
     models = {"type": "object", "required": ["object", "data"], "properties": {"data": {"type": "array", "items": MODEL}}}
     admin = {"security": [{"admin": []}]}
     paths = {
         "/": {"get": _operation("the page", {200: ("HTML", {"text/html": {"schema": TEXT}})}, errors=(403,))},
-        "/health": {"get": _operation("whether it answers; needs no key", {200: ("it does", _json({"type": "object"}))}, errors=(403,))
-                    | {"security": []}},
+        "/health": {"get": _operation("whether it answers; needs no key", {200: ("it does", _json({"type": "object"}))},
+                                      errors=(403,)) | {"security": []}},
         "/metrics": {"get": _operation("counts, for Prometheus", {200: ("text", {"text/plain": {"schema": TEXT}})})},
         "/openapi.json": {"get": _operation("this document", {200: ("OpenAPI 3.1", _json({"type": "object"}))})},
         "/v1/models": {"get": _operation("the base and its adapters", {200: ("models", _json(models))})},

@@ -81,7 +81,7 @@ def check(value: object, schema: dict, at: str = "") -> None:
     elif isinstance(value, list):
         _length(len(value), schema, at, "minItems", "maxItems", "items")
         for n, item in enumerate(value):
-            check(item, schema["items"], f"{at}[{n}]")
+            check(item, schema.get("items", {}), f"{at}[{n}]")
     elif isinstance(value, dict):
         _object(value, schema, at)
     elif type(value) in (int, float):
@@ -174,7 +174,7 @@ def _shared(limits: Limits) -> dict:
 def _message() -> dict:
     part = {"type": "object", "required": ["type", "text"], "additionalProperties": False, "properties": {
         "type": {"type": "string", "enum": ["text"], "description": "nothing is fetched or decoded"}, "text": {"type": "string"}}}
-    empty = _maybe("array", maxItems=0, items={}, description="tool calls are not supported")
+    empty = _maybe("array", maxItems=0, description="tool calls are not supported")
     return {"type": "object", "required": ["role", "content"], "additionalProperties": False, "properties": {
         "role": {"type": "string", "enum": ["system", "developer", "user", "assistant"]},
         "content": {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "maxItems": 1000, "items": part}]},
@@ -186,7 +186,7 @@ def _message() -> dict:
 
 def chat(limits: Limits) -> dict:
     """Body of /v1/chat/completions."""
-    none = _maybe("array", maxItems=0, items={}, description="tools are not supported")
+    none = _maybe("array", maxItems=0, description="tools are not supported")
     return {"type": "object", "required": ["model", "messages"], "additionalProperties": False, "properties": _shared(limits) | {
         "messages": {"type": "array", "minItems": 1, "maxItems": limits.messages, "items": _message()},
         "max_completion_tokens": _maybe("integer", minimum=1, maximum=limits.max_tokens),
