@@ -37,20 +37,25 @@ def chosen(home: Any, ids: Any, size: int) -> list[Stack]:
 
 
 def enter(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook of the model: make this forward's Context."""
+    """Forward pre-hook of the model: make this forward's Context.
+
+    Who keeps the cache himself, row by row, says virtual_cached=True once the virtual tokens are in it, with mask and positions
+    that count them, and token_places (2, B, T), as `Context.places`, for prompts that come in pieces.
+    """
     home, kwargs = model.adapters, dict(kwargs)
     if args:
         kwargs = dict(zip(home.arguments, args, strict=False)) | kwargs
     ids, keys, prompt = (kwargs.pop(name, None) for name in ("adapter_ids", "token_keys", "prompt_mask"))
+    cached, given = kwargs.pop("virtual_cached", False), kwargs.pop("token_places", None)
     main = _main(kwargs)
     rows = chosen(home, ids, len(main))
     if keys is not None and keys.shape != main.shape[:2]:
         raise UserError(f"token_keys has shape {tuple(keys.shape)}, the batch {tuple(main.shape[:2])}")
     ctx = Context(levels(rows, main.device), *main.shape[:2], mask=kwargs.get("attention_mask"), keys=keys, home=home)
     if any(name in home.placed for row in set(rows) for name, _ in row):
-        ctx = replace(ctx, places=_places(kwargs, ctx, main, prompt))
+        ctx = replace(ctx, places=_places(kwargs, ctx, main, prompt) if given is None else given)
     tokens = [[home.virtual[name] for name, _ in row if name in home.virtual] for row in rows]
-    if any(tokens):
+    if any(tokens) and not cached:
         for row, found in zip(rows, tokens, strict=True):
             if len(found) > 1:
                 names = tuple(name for name, _ in row)

@@ -1,1 +1,1 @@
-"""Many adapters of any method answering from one base: the engine, its HTTP interface, and a page."""
+"""Many adapters on one base, answering many requests at once: the engine, and the HTTP server before it."""
