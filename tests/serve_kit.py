@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +20,7 @@ from tsugiki.serve.asked import Models  # noqa: E402
 from tsugiki.serve.http import Service, Setting  # noqa: E402
 from tsugiki.serve.request import Event, QueueFull, Request, TokenLogprob  # noqa: E402
 from tsugiki.serve.run import Server, configured, listen  # noqa: E402
+from tsugiki.serve.stats import Stats  # noqa: E402
 
 KEY, ADMIN = "user-key-0123456789abcdef", "admin-key-0123456789abcdef"
 BASE = "base"
@@ -32,6 +33,7 @@ class Script:
     words: int = 5
     pace: float = 0.0
     queue: int = 1000
+    max_length: int = 10_000
     names: tuple[str, ...] = ("alpha", "beta")
     running: set = field(default_factory=set)
     finished: Counter = field(default_factory=Counter)
@@ -61,15 +63,14 @@ class Script:
         del self.known[name]
 
     def stats(self):
-        return SimpleNamespace(running=len(self.running), waiting=0, finished=self.finished, generated=5, prefilled=4, cached=3,
-                               tokens_per_second=1.5, cache_tokens=1, cache_limit=2, steps=9, loads=1, evictions=0,
-                               load_seconds=0.1, adapters={None: (1, 2), 'al"pha': (3, 4)})
+        counts = {f.name: 1 for f in fields(Stats)} | {"running": len(self.running), "waiting": 0, "tokens_per_second": 1.5}
+        return Stats(**counts | {"requests": dict(self.finished), "adapters": {None: (1, 2), 'al"pha': (3, 4)}})
 
     def submit(self, request, on_event=None):
         if len(self.running) >= self.queue:
             raise QueueFull
-        if len(request.ids) > 10_000:
-            raise UserError("prompt: has more than 10,000 tokens")
+        if len(request.ids) >= self.max_length:
+            raise UserError("the prompt leaves no room for an answer")
         stream = SimpleNamespace(request=request, cached_tokens=1, stop=threading.Event())
         stream.cancel = stream.stop.set
         self.asked.append(request)
@@ -120,7 +121,3 @@ def until(done, seconds: float = 20.0) -> None:
     while not done():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.005)
-
-
-def with_(limits, **changes):
-    return replace(limits, **changes)

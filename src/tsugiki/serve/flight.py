@@ -36,7 +36,8 @@ class Flight:
             if isinstance(e, Stopped):
                 raise Refusal(503, "the server is stopping", code="stopping") from None
             if isinstance(e, UserError):
-                raise Refusal(400, str(e).splitlines()[0]) from None
+                long = len(request.ids) >= self.engine.max_length
+                raise Refusal(400, str(e).splitlines()[0], code="context_length_exceeded" if long else None) from None
             raise
 
     def _arrived(self, index: int, event: Event) -> None:

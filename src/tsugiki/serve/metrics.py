@@ -10,6 +10,22 @@ if TYPE_CHECKING:
     from tsugiki.serve.engine import Stats
 
 BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)       # seconds
+# Fields of the engine's Stats.
+ENGINE = (
+    ("tokens_generated", "counter", "new tokens"),
+    ("tokens_prefilled", "counter", "prompt tokens computed"),
+    ("tokens_cached", "counter", "prompt tokens taken from the prefix cache"),
+    ("tokens_per_second", "gauge", "new tokens a second, of the last seconds"),
+    ("steps", "counter", "forwards of one token a row"),
+    ("loads", "counter", "adapters read from disk"),
+    ("load_seconds", "counter", "seconds that took"),
+    ("evictions", "counter", "adapters taken off the base for others"),
+    ("resident", "gauge", "adapters on the base"),
+    ("registered", "gauge", "adapters that have a name"),
+    ("cache_tokens", "gauge", "columns of keys and values in use"),
+    ("cache_limit", "gauge", "columns there may be"),
+    ("prefix_tokens", "gauge", "tokens of prompts kept for others"),
+    ("prefix_limit", "gauge", "tokens there may be"))
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -50,20 +66,12 @@ class Metrics:
             return [("", value)]
         put("http_requests_total", "counter", "answers by route and status",
             [(f'{{route="{_escaped(route)}",status="{status}"}}', n) for (route, status), n in sorted(self.answers.items())])
-        put("requests_running", "gauge", "choices being decoded", one(stats.running))
-        put("requests_waiting", "gauge", "choices waiting for a slot", one(stats.waiting))
+        put("requests_running", "gauge", "choices that are being answered", one(stats.running))
+        put("requests_waiting", "gauge", "choices that wait", one(stats.waiting))
         put("requests_finished_total", "counter", "choices by how they ended",
-            [(f'{{finish="{_escaped(k)}"}}', n) for k, n in sorted(stats.finished.items())])
-        put("tokens_generated_total", "counter", "new tokens", one(stats.generated))
-        put("tokens_prefilled_total", "counter", "prompt tokens computed", one(stats.prefilled))
-        put("tokens_cached_total", "counter", "prompt tokens taken from the prefix cache", one(stats.cached))
-        put("tokens_per_second", "gauge", "new tokens a second, of the last seconds", one(stats.tokens_per_second))
-        put("cache_tokens", "gauge", "tokens that the key-value cache holds", one(stats.cache_tokens))
-        put("cache_tokens_limit", "gauge", "tokens that it may hold", one(stats.cache_limit))
-        put("steps_total", "counter", "forwards of the model", one(stats.steps))
-        put("adapter_loads_total", "counter", "adapters put in a slot", one(stats.loads))
-        put("adapter_evictions_total", "counter", "adapters taken out of a slot for another", one(stats.evictions))
-        put("adapter_load_seconds_total", "counter", "time that took", one(stats.load_seconds))
+            [(f'{{finish="{_escaped(k)}"}}', n) for k, n in sorted(stats.requests.items())])
+        for name, kind, about in ENGINE:
+            put(f"{name}_total" if kind == "counter" else name, kind, about, one(getattr(stats, name)))
         for what, position in (("requests", 0), ("tokens", 1)):
             put(f"adapter_{what}_total", "counter", f"{what} by adapter; the base has no name",
                 [(f'{{adapter="{_escaped(name or "")}"}}', counts[position])

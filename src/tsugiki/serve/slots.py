@@ -37,6 +37,7 @@ class AdapterInfo:
     stop_ids: tuple[int, ...]
     kind: str                                         # how its prompts are rendered: "chat" or "plain"
     template: str | None                              # of its own, if it has one
+    stop: str | None                                  # the token that ends its answers, if it was named
     score: float | None                               # the last evaluation in its run's metrics, if they lie beside it
 
 
@@ -156,7 +157,7 @@ class Slots:
         return AdapterInfo(version.name, adapter.cfg.name, sum(p.numel() for p in adapter.parameters().values()),
                            sum(t.numel() * t.element_size() for t in tensors), version.content, False,
                            bool(manifest.get("base")), tuple(sorted({*own.stop_ids, *manifest.get("stop_ids", ())})),
-                           "chat" if kind == "chat" else "plain", template, score_of(version.path))
+                           "chat" if kind == "chat" else "plain", template, note.get("stop"), score_of(version.path))
 
     # In the engine's thread.
 
