@@ -51,6 +51,11 @@ class Script:
     def adapters(self):
         return list(self.known.values())
 
+    def info(self, name):
+        if name not in self.known:
+            raise UserError(f"no adapter {name!r}")
+        return self.known[name]
+
     def add(self, name, path):
         if not (path / "adapter_model.safetensors").is_file():
             raise UserError(f"{path / 'adapter_model.safetensors'}: no such file")

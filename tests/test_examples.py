@@ -56,3 +56,14 @@ def test_custom_family(capsys):
     said = capsys.readouterr().out
     assert "'granite' is not known" in said and "merged into 6 modules" in said
     assert float(re.search(r"differ by (\S+)", said)[1]) < 1e-5
+
+
+def test_serve_client(capsys, monkeypatch):
+    from serve_kit import KEY, Script, service, serving
+
+    from tsugiki.serve.auth import Keys
+    monkeypatch.setenv("TSUGIKI_KEY", KEY)
+    with serving(service(Script(words=2), keys=Keys((KEY.encode(),)))) as url:
+        answers = example("serve_client").main(url, "Hello?")
+    assert answers == {"base": " the base the base", "alpha": " alpha alpha", "beta": " beta beta"}
+    assert "alpha  alpha alpha" in capsys.readouterr().out

@@ -47,11 +47,11 @@ class Models:
         """What is known of a model; None for the base. Raises Refusal (404)."""
         if name == self.base:
             return None
-        found = next((a for a in self.engine.adapters() if a.name == name), None)
-        if found is None:
+        try:
+            return self.engine.info(name)
+        except UserError:
             near = nearest(name, [self.base, *(a.name for a in self.engine.adapters())])
-            raise Refusal(404, f"model: there is no {name[:100]!r}{near}", param="model", code="model_not_found")
-        return found
+            raise Refusal(404, f"model: there is no {name[:100]!r}{near}", param="model", code="model_not_found") from None
 
     def kind(self, info: AdapterInfo | None) -> str:
         """"chat" or "plain": as the adapter was trained, or as the base's tokenizer has a template or not."""
