@@ -9,20 +9,17 @@ import time
 import pytest
 import torch
 from kit import TOKENIZER
-from serving import F64, VOCAB, WHO, another, draw_requests, greedy, serve, submit
+from serving import F64, WHO, another, draw_requests, greedy, serve, submit
 from tiny import METHOD_CASES, SPECS, ids
 from tokenizers_tiny import tokenizer
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from tsugiki.data import Renderer
-from tsugiki.errors import UserError
 from tsugiki.evaluate import packed as packing
 from tsugiki.kernels import one_token
-from tsugiki.serve import sampling, waiting
-from tsugiki.serve.arena import Arena
-from tsugiki.serve.engine import Engine, QueueFull, Request, Sampling, Stopped
-from tsugiki.serve.forward import Forward
-from tsugiki.serve.text import Writer, decode
+from tsugiki.serve import sampling
+from tsugiki.serve.engine import Request, Sampling
+from tsugiki.serve.text import Writer
 
 ALL = os.environ.get("TSUGIKI_TESTS") == "all"
 LONG = 60                                             # seconds after which an answer will not come any more

@@ -243,18 +243,17 @@ class Engine:
             self.starting.append(row)
 
     def _next(self) -> Row | None:
-        def attached(row: Row) -> bool:
-            return row.version is None or row.version.resident
-
         aged = self.waiting.aged()
         if aged is None:
-            return self.waiting.take(attached, self._begin)
+            return self.waiting.take(self._begin)
         if self._begin(aged):
             self.waiting.drop(aged)
             return aged
-        if not self._fits(aged):
+        if not self._fits(aged):                      # it needs columns: nobody takes any until it has them
             return None
-        return self.waiting.take(attached, lambda row: attached(row) and self._begin(row), skip=self.slots.emptiest() or ())
+        # It needs a slot: the emptiest one is let run empty, and no other adapter takes one.
+        attached = [None, *(v for v in tuple(self.slots.inside) if v.resident)]
+        return self.waiting.take(lambda row: row.version in attached and self._begin(row), self.slots.emptiest() or ())
 
     def _begin(self, row: Row) -> bool:
         return self._fits(row) and self.slots.hold(row.version)
