@@ -197,7 +197,19 @@ class Dense(nn.Module):
         self.bias = start.parameter(f"{key}.bias", d_out) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear; of stacked weights (n, out, in) and biases (n, 1, out) a product for each of x (n, R, in)."""
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    return x @ weight.mT if bias is None else torch.baddbmm(bias, x, weight.mT)
+
+
+def times(x: Tensor, factor: float | Tensor) -> Tensor:
+    """x * factor in x's dtype; of a stack the factors are (n, 1, 1)."""
+    return x * factor if isinstance(factor, float) else (x * factor).to(x.dtype)
 
 
 class Edit(nn.Module):
@@ -209,8 +221,16 @@ class Edit(nn.Module):
     virtual: ClassVar[str | None] = None              # its virtual tokens' positions: "sequence", "zero", or it has none
     starts_as_identity: ClassVar[bool] = True         # a new one leaves the model as it is
     needs_places: ClassVar[bool] = False              # reads ctx.places
+    scalars: ClassVar[tuple[str, ...]] = ()           # its numbers that may differ between edits computed together (group.py)
+    by_row: ClassVar[bool] = False                    # computed together, it wants (n * rows, T, D), not (n, rows * T, D)
     constants: ClassVar[tuple[str, ...]] = ()         # its methods whose result the gradient takes as a constant, by definition
     keeps_arguments: ClassVar[bool] = False           # on a block: `arguments` is called with what the layer was called with
+
+    def __init_subclass__(cls) -> None:
+        """A class that edits otherwise than the one it extends is not computed together as that one is."""
+        super().__init_subclass__()
+        if vars(cls).keys() & {"pre", "post", "change", "table"} and "alike" not in vars(cls):
+            cls.alike = Edit.alike
 
     def __init__(self, config: Config, site: Site, start: Start):
         super().__init__()
@@ -227,6 +247,15 @@ class Edit(nn.Module):
 
     def arguments(self, kwargs: dict[str, Any], rows: Rows, ctx: Context) -> None:
         """On a block, if keeps_arguments: the keyword arguments of the layer's call, and the batch rows that are this edit's."""
+
+    def alike(self) -> Any:
+        """What must be equal for edits of one class to be computed together; None: it never is.
+
+        Together, `pre` or `post` runs once on an edit with stacked tensors, (n, a, b) or (n, 1, a), and x, y of (n, rows * T, D).
+        So they may use `linear`, `times` and what broadcasts, and of ctx only `keys` and `virtual`. A class that overrides them
+        says anew what is alike.
+        """
+        return None
 
     def merge(self, w: Tensor, b: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
         """What `post` does, folded into a float64 weight (out, in) and bias, as new tensors."""

@@ -16,6 +16,7 @@ from .errors import UserError
 
 Rows = slice | Tensor | None                          # None: every row
 Level = tuple[tuple[str, Rows, float], ...]           # adapters on disjoint rows, each with the weight of its change
+# Rows are rows of the batch, or with Context.axis 1 the positions of its one packed row.
 Stack = tuple[tuple[str, float], ...]                 # the adapters of one row with their weights, applied in this order
 
 
@@ -25,6 +26,7 @@ class Context:
     route: tuple[Level, ...] = ()                     # level i holds the i-th adapter of each row's stack
     size: int = 0                                     # rows in the batch; 0: no forward of the model is in progress
     length: int = 0                                   # positions a row, virtual ones included
+    axis: int = 0                                     # what the route's Rows count: rows, or 1: positions of one packed row
     virtual: int = 0                                  # virtual positions at the left of this forward's sequence
     mask: Tensor | None = None                        # (B, S) attention mask, virtual positions included
     keys: Tensor | None = None                        # (B, T) int64: one key a token, for draws that follow the token
@@ -38,9 +40,31 @@ class Context:
         """The same context for some of the rows."""
         if rows is None or self.mask is None and self.keys is None and self.places is None:
             return self
-        return replace(self, mask=None if self.mask is None else self.mask[rows],
-                       keys=None if self.keys is None else self.keys[rows],
-                       places=None if self.places is None else self.places[:, rows])
+        return replace(self, mask=None if self.mask is None else self.of_rows(self.mask, rows),
+                       keys=None if self.keys is None else self.of_rows(self.keys, rows),
+                       places=None if self.places is None else self.of_rows(self.places, rows, 1))
+
+    def of_rows(self, t: Tensor, rows: Rows, at: int = 0) -> Tensor:
+        """The part of t that is these rows', where dimension `at` counts rows and the next one their positions."""
+        return cut(t, rows, at + self.axis)
+
+
+def cut(t: Tensor, rows: Rows, at: int) -> Tensor:
+    """t with these rows alone in dimension `at`."""
+    if rows is None:
+        return t
+    return t.narrow(at, rows.start, rows.stop - rows.start) if isinstance(rows, slice) else t.index_select(at, rows.to(t.device))
+
+
+@dataclass(frozen=True)
+class Spans:
+    """`adapter_ids` of one packed row: entry i, as adapter_ids takes it for a row, holds for the tokens up to ends[i]."""
+    ids: tuple[Any, ...]
+    ends: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.ids) != len(self.ends) or any(b <= a for a, b in zip((0, *self.ends), self.ends, strict=False)):
+            raise UserError(f"Spans: {len(self.ids)} adapters for the ends {self.ends}; give one a span, and rising ends")
 
 
 class _Cell(threading.local):
@@ -95,10 +119,11 @@ def stacks(ids: Any, size: int) -> list[Stack]:
     if not isinstance(ids, Sequence) or not ids or size % len(ids):
         count = len(ids) if isinstance(ids, Sequence) else type(ids).__name__
         raise UserError(f"adapter_ids: {count} entries for a batch of {size} rows; pass a name, or a list of one a row")
-    return [row for row in map(_stack, ids) for _ in range(size // len(ids))]
+    return [row for row in map(stack_of, ids) for _ in range(size // len(ids))]
 
 
-def _stack(entry: Any) -> Stack:
+def stack_of(entry: Any) -> Stack:
+    """The stack of what `adapter_ids` takes for a row."""
     if isinstance(entry, dict):
         for name, weight in entry.items():
             if type(weight) not in (int, float) or not math.isfinite(weight):
@@ -110,19 +135,23 @@ def _stack(entry: Any) -> Stack:
     return tuple((name, 1.0) for name in names)
 
 
-def levels(rows: Sequence[Stack], device: torch.device | str = "cpu") -> tuple[Level, ...]:
-    """The route: per stack position, each adapter with its rows, as slices where they are contiguous."""
+def levels(rows: Sequence[Stack], device: torch.device | str = "cpu", ends: Sequence[int] | None = None) -> tuple[Level, ...]:
+    """The route: per stack position, each adapter with its rows, as slices where they are contiguous. ends: the rows are spans
+    of one packed row, up to these positions."""
     found = []
     for depth in range(max(map(len, rows), default=0)):
         where: dict[tuple[str, float], list[int]] = {}
         for i, row in enumerate(rows):
             if depth < len(row):
                 where.setdefault(row[depth], []).append(i)
-        found.append(tuple((name, _shape(at, len(rows), device), weight) for (name, weight), at in where.items()))
+        found.append(tuple((name, _shape(at, len(rows), device, ends), weight) for (name, weight), at in where.items()))
     return tuple(found)
 
 
-def _shape(rows: list[int], size: int, device: torch.device | str) -> Rows:
+def _shape(rows: list[int], size: int, device: torch.device | str, ends: Sequence[int] | None) -> Rows:
+    if ends is not None:
+        starts, size = (0, *ends), ends[-1]
+        rows = [at for i in rows for at in range(starts[i], ends[i])]
     if rows[-1] - rows[0] + 1 == len(rows):
         return None if len(rows) == size else slice(rows[0], rows[-1] + 1)
     return torch.tensor(rows, device=device)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .edit import Edit
 from .errors import UserError
-from .route import UNSET, Context, Level, Rows, cell, levels, wanted
+from .group import Part, Stacks, run, together
+from .route import UNSET, Context, cell, cut, levels, wanted
 from .sites import Site
 from .weights import device_of
 
@@ -58,6 +59,7 @@ class Tap(Unsaved):
         self.pres: dict[str, Edit] = {}               # adapter name -> edit, where the edit has that port
         self.posts: dict[str, Edit] = {}
         self.keeps: dict[str, Edit] = {}              # those that ask for the arguments of the layer's call
+        self.stacks, self.heads_first = Stacks(), site.heads_first
         columns = None if site.features is None else site.features.to(device_of(site.exit))
         self.register_buffer("features", columns, persistent=False)
 
@@ -74,6 +76,7 @@ class Tap(Unsaved):
         delattr(self, child(adapter))
         for port in (self.pres, self.posts, self.keeps):
             port.pop(adapter, None)
+        self.stacks.kept.clear()
 
     def context(self) -> Context:
         """The forward in progress; outside of one (a layer called by hand) the default adapters, on every row."""
@@ -93,54 +96,63 @@ class Tap(Unsaved):
         return Context(levels([tuple((name, 1.0) for name in names)]))
 
     def pre(self, x: Tensor, ctx: Context) -> Tensor:
-        return _run(self.pres, None, x, ctx)
+        return self._run(self.pres, None, x, ctx)
 
     def post(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
         if self.features is None:
-            return _run(self.posts, x, y, ctx)
-        return y.index_copy(-1, self.features, _run(self.posts, x, y[..., self.features], ctx))
+            return self._run(self.posts, x, y, ctx)
+        return y.index_copy(-1, self.features, self._run(self.posts, x, y[..., self.features], ctx))
+
+    def _run(self, edits: dict[str, Edit], x: Tensor | None, t: Tensor, ctx: Context) -> Tensor:
+        """Every edit the route asks for, level by level; x is None for an edit of the input itself."""
+        if t.dim() == 2 and ctx.size and t.is_floating_point():           # (B*T, D): some models flatten around the MLP
+            if t.shape[0] % ctx.size:
+                raise UserError(f"a site saw {t.shape[0]} positions for {ctx.size} rows: its rows cannot be told apart")
+            whole = t.reshape(ctx.size, -1, t.shape[-1])
+            x = None if x is None else x.reshape(ctx.size, -1, x.shape[-1])
+            return self._run(edits, x, whole, ctx).reshape(t.shape)
+        for level in ctx.route:
+            here = [(edits[name], rows, weight) for name, rows, weight in level if name in edits]
+            if here:
+                t = self._run_level(here, x, t, ctx)
+        return t
+
+    def _run_level(self, here: list[Part], x: Tensor | None, t: Tensor, ctx: Context) -> Tensor:
+        if here[0][1] is None:
+            return _edited(here[0], x, t, ctx, 0)
+        along = ctx.axis if t.dim() == 3 or not ctx.axis else t.dim() - 2 if self.heads_first else 1
+        singles: list[Part] = []
+        for group in together(here):
+            if len(group) == 1 or t.dim() != 3 and not group[0][0].by_row:
+                singles += group
+            else:
+                stack = self.stacks.get([edit for edit, _, _ in group], t.dtype)
+                t = run(group, stack, x, t, ctx)
+        if all(isinstance(rows, slice) for _, rows, _ in singles):        # disjoint slices: one copy for all adapters
+            pieces, done = [], 0
+            for part in sorted(singles, key=lambda entry: entry[1].start):
+                pieces += [t.narrow(along, done, part[1].start - done), _edited(part, x, t, ctx, along)]
+                done = part[1].stop
+            return torch.cat([*pieces, t.narrow(along, done, t.shape[along] - done)], along) if pieces else t
+        for part in singles:
+            rows = part[1]
+            rows = torch.arange(rows.start, rows.stop, device=t.device) if isinstance(rows, slice) else rows.to(t.device)
+            t = t.index_copy(along, rows, _edited(part, x, t, ctx, along))
+        return t
+
+
+def _edited(part: Part, x: Tensor | None, t: Tensor, ctx: Context, along: int) -> Tensor:
+    """What one edit makes of its rows of t, which count in dimension `along`; of the input's dimension `ctx.axis`."""
+    edit, rows, weight = part
+    now, own = cut(t, rows, along), ctx.only(rows)
+    out = edit.pre(now, own) if x is None else edit.post(cut(x, rows, ctx.axis), now, own)
+    out = out if out.dtype == t.dtype else out.to(t.dtype)
+    return out if weight == 1.0 else now + weight * (out - now)
 
 
 def child(adapter: str) -> str:
     """What an adapter's modules are called where they are children of others."""
     return "of_" + adapter.replace(".", "\u00b7")     # a submodule's name holds no dot; an adapter's may
-
-
-def _run(edits: dict[str, Edit], x: Tensor | None, t: Tensor, ctx: Context) -> Tensor:
-    """Every edit the route asks for, level by level; x is None for an edit of the input itself."""
-    if t.dim() == 2 and ctx.size and t.is_floating_point():               # (B*T, D): some models flatten around the MLP
-        if t.shape[0] % ctx.size:
-            raise UserError(f"a site saw {t.shape[0]} positions for {ctx.size} rows: its rows cannot be told apart")
-        whole = t.reshape(ctx.size, -1, t.shape[-1])
-        return _run(edits, None if x is None else x.reshape(ctx.size, -1, x.shape[-1]), whole, ctx).reshape(t.shape)
-    for level in ctx.route:
-        t = _run_level(edits, x, t, ctx, level)
-    return t
-
-
-def _run_level(edits: dict[str, Edit], x: Tensor | None, t: Tensor, ctx: Context, level: Level) -> Tensor:
-    def new(edit: Edit, rows: Rows, weight: float) -> Tensor:
-        now = t if rows is None else t[rows]
-        part = ctx.only(rows)
-        out = edit.pre(now, part) if x is None else edit.post(x if rows is None else x[rows], now, part)
-        out = out if out.dtype == t.dtype else out.to(t.dtype)
-        return out if weight == 1.0 else now + weight * (out - now)
-
-    here = [(edits[name], rows, weight) for name, rows, weight in level if name in edits]
-    if not here:
-        return t
-    if here[0][1] is None:
-        return new(*here[0])
-    if all(isinstance(rows, slice) for _, rows, _ in here):               # disjoint slices: one copy for all adapters
-        pieces, done = [], 0
-        for edit, rows, weight in sorted(here, key=lambda entry: entry[1].start):
-            pieces += [t[done:rows.start], new(edit, rows, weight)]
-            done = rows.stop
-        return torch.cat([*pieces, t[done:]])
-    for edit, rows, weight in here:
-        t = torch.cat([t[:rows.start], new(edit, rows, weight), t[rows.stop:]]) if isinstance(rows, slice) \
-            else t.index_copy(0, rows.to(t.device), new(edit, rows, weight))
-    return t
 
 
 # Hooks are module-level functions that read everything from `module`: a copied model's hooks see the copy.

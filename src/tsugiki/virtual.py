@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
-from .route import UNSET, Context, Stack, before_first, cell, levels, pinned, places, stacks, wanted
+from .route import UNSET, Context, Spans, Stack, before_first, cell, levels, pinned, places, stack_of, stacks, wanted
 
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")            # arguments that describe packed rows
 
@@ -24,7 +24,9 @@ def chosen(home: Any, ids: Any, size: int) -> list[Stack]:
         ids = wanted(home)
         if ids is UNSET:
             return [tuple((name, 1.0) for name in home.default)] * size
-    rows = stacks(ids, size)
+    if isinstance(ids, Spans) and size != 1:
+        raise UserError(f"adapter_ids: Spans are of one packed row, the batch has {size}")
+    rows = [stack_of(entry) for entry in ids.ids] if isinstance(ids, Spans) else stacks(ids, size)
     for row in set(rows):
         for name, weight in row:
             home.get(name)                                       # raises for a name that is not attached
@@ -51,11 +53,17 @@ def enter(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     rows = chosen(home, ids, len(main))
     if keys is not None and keys.shape != main.shape[:2]:
         raise UserError(f"token_keys has shape {tuple(keys.shape)}, the batch {tuple(main.shape[:2])}")
-    ctx = Context(levels(rows, main.device), *main.shape[:2], mask=kwargs.get("attention_mask"), keys=keys, home=home)
+    spans = ids.ends if isinstance(ids, Spans) else None
+    if spans and spans[-1] != main.shape[1]:
+        raise UserError(f"adapter_ids: the last span ends at {spans[-1]}, the row at {main.shape[1]}")
+    ctx = Context(levels(rows, main.device, spans), *main.shape[:2], axis=int(spans is not None),
+                  mask=kwargs.get("attention_mask"), keys=keys, home=home)
     if any(name in home.placed for row in set(rows) for name, _ in row):
         ctx = replace(ctx, places=_places(kwargs, ctx, main, prompt) if given is None else given)
     tokens = [[home.virtual[name] for name, _ in row if name in home.virtual] for row in rows]
     if any(tokens) and not cached:
+        if spans:
+            raise UserError("virtual tokens (prefix, prompt) cannot be added to packed rows: adapter_ids are spans of one")
         for row, found in zip(rows, tokens, strict=True):
             if len(found) > 1:
                 names = tuple(name for name, _ in row)

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -18,6 +18,9 @@ class BitFitEdit(Edit):
     def __init__(self, config: BitFit, site: Site, start: Start):
         super().__init__(config, site, start)
         self.offset = start.parameter(f"{site.name}.offset", site.d_out)
+
+    def alike(self) -> Any:
+        return ()
 
     def post(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
         return y + self.offset.to(y.dtype)

@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..edit import LINEARS, Config, Dense, Edit, Start, changes_input, setting
+from ..edit import LINEARS, Config, Dense, Edit, Start, changes_input, setting, times
 from ..sites import Site
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
@@ -30,12 +31,15 @@ class Norm(nn.Module):
         self.bias = start.parameter(f"{key}.bias", width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype))
+        if self.weight.dim() == 1:
+            return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return F.layer_norm(x, x.shape[-1:]) * self.weight.to(x.dtype) + self.bias.to(x.dtype)       # of several (group.py)
 
 
 class Bottleneck(Edit):
     """f(h) = scale * up(act(down(h))); up starts at zero, so a new adapter changes nothing."""
     roles = ("attn", "mlp", *LINEARS)
+    scalars = ("scale",)
     reads = "y"                                       # what it is a function of: the site's output y or input x
 
     def __init__(self, config: Bottlenecks, site: Site, start: Start):
@@ -49,9 +53,12 @@ class Bottleneck(Edit):
         if config.norm != "none":
             self.norm = Norm(start, f"{key}.norm", width if config.norm == "before" else out)
 
+    def alike(self) -> Any:
+        return self.act, self.where, self.down.bias is None
+
     def change(self, h: Tensor) -> Tensor:
         h = self.norm(h) if self.where == "before" else h
-        h = self.up(self.act(self.down(h))) * self.scale
+        h = times(self.up(self.act(self.down(h))), self.scale)
         return self.norm(h) if self.where == "after" else h
 
 

@@ -23,6 +23,9 @@ class OutputEdit(Edit):
         super().__init__(config, site, start)
         self.l = start.parameter(f"{site.name}.l", site.d_out, fill=_ones)
 
+    def alike(self) -> Any:
+        return ()
+
     def post(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
         return y * self.l.to(y.dtype)
 
@@ -37,6 +40,9 @@ class InputEdit(Edit):
     def __init__(self, config: IA3, site: Site, start: Start):
         super().__init__(config, site, start)
         self.l_in = start.parameter(f"{site.name}.l_in", site.d_in, fill=_ones)
+
+    def alike(self) -> Any:
+        return ()
 
     def pre(self, x: Tensor, ctx: Context) -> Tensor:
         return x * self.l_in.to(x.dtype)

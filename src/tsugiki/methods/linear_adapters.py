@@ -19,6 +19,7 @@ from .series import SeriesEdit
 class BeforeEdit(Bottleneck):
     """The site's input x becomes x + f(x)."""
     roles, reads = LINEARS, "x"
+    alike = Bottleneck.alike
 
     def pre(self, x: Tensor, ctx: Context) -> Tensor:
         return x + self.change(x)

@@ -31,8 +31,8 @@ class PositionsEdit(Edit):
             found = None
         elif found is None:
             found = (kwargs["position_ids"],) if kwargs.get("position_ids") is not None else None
-        if found is not None and rows is not None:    # a batch of one serves every row
-            found = tuple(t if len(t) == 1 else t[rows] for t in found)
+        if found is not None:                         # a batch of one serves every row
+            found = tuple(t if len(t) == 1 and not ctx.axis else ctx.of_rows(t, rows) for t in found)
         ctx.scratch[self.key] = found
 
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -23,6 +23,9 @@ class LNTuningEdit(Edit):
         self.weight = _copy(start, f"{site.name}.weight", self.frozen.weight())
         bias = self.frozen.bias()
         self.register_parameter("bias", None if bias is None else _copy(start, f"{site.name}.bias", bias))
+
+    def alike(self) -> Any:
+        return ()
 
     def post(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
         change = self.normalised(x) * (self.weight - self.frozen.weight().to(self.weight.dtype))

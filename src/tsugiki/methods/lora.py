@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import patterns
-from ..edit import Config, Edit, Start, setting
+from ..edit import Config, Edit, Start, linear, setting, times
 from ..errors import UserError
 from ..formats.spec import NOTHING, TUNER, Peft
 from ..route import Context, dropout
@@ -20,6 +19,7 @@ from ..sites import Site
 
 class LoRAEdit(Edit):
     """y + s * (B A drop(x) + b), s = alpha / rank (equation 3), or alpha / sqrt(rank) with rsLoRA (arXiv:2312.03732)."""
+    scalars = ("scale",)
 
     def __init__(self, config: LoRA, site: Site, start: Start):
         super().__init__(config, site, start)
@@ -33,11 +33,14 @@ class LoRAEdit(Edit):
         self.scale = config.scale_at(site)
         self.p = config.dropout
 
+    def alike(self) -> Any:
+        return self.p, self.b is None
+
     def change(self, x: Tensor, ctx: Context) -> Tensor:
         """s * (B A drop(x) + b), in x's dtype."""
         x = dropout(x, self.p, ctx, self.salt, self.training)
-        low = F.linear(x, self.A.to(x.dtype)) * self.scale                    # (B, T, rank)
-        return F.linear(low, self.B.to(low.dtype), None if self.b is None else self.b.to(low.dtype) * self.scale)
+        low = times(linear(x, self.A.to(x.dtype)), self.scale)                # (B, T, rank)
+        return linear(low, self.B.to(low.dtype), None if self.b is None else times(self.b.to(low.dtype), self.scale))
 
     def post(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
         return y + self.change(x, ctx).to(y.dtype)

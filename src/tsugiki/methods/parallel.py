@@ -14,6 +14,7 @@ from .bottleneck import Bottleneck, Bottlenecks
 class ParallelEdit(Bottleneck):
     """y + f(x)."""
     reads = "x"
+    alike = Bottleneck.alike
 
     def post(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
         return y + self.change(x)

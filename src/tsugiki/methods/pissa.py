@@ -6,10 +6,9 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..edit import Config, Edit, Frozen, Start
+from ..edit import Config, Edit, Frozen, Start, linear, times
 from ..errors import UserError
 from ..route import Context, dropout
 from ..sites import Site
@@ -36,10 +35,12 @@ class WeightStartEdit(LoRAEdit):
         """A (rank, d_in) and B (d_out, rank) from the weight (d_out, d_in)."""
         raise NotImplementedError
 
+    alike = LoRAEdit.alike
+
     def change(self, x: Tensor, ctx: Context) -> Tensor:
         """Two products of the same form, so that equal factors give exactly 0."""
         x = dropout(x, self.p, ctx, self.salt, self.training)
-        new, old = (F.linear(F.linear(x, a.to(x.dtype)) * self.scale, b.to(x.dtype))
+        new, old = (linear(times(linear(x, a.to(x.dtype)), self.scale), b.to(x.dtype))
                     for a, b in ((self.A, self.B), (self.A0, self.B0)))
         return new - old
 

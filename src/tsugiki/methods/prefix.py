@@ -16,6 +16,7 @@ from .prompts import SHAPE, Tables, VirtualEdit, noise
 class PrefixEdit(VirtualEdit):
     """Trained keys and values before the text's own, in every layer; perhaps made by one MLP for all of them."""
     roles, virtual = ("key", "value"), "zero"
+    alike = VirtualEdit.alike
 
     def __init__(self, config: Prefix, site: Site, start: Start):
         super().__init__(config, site, start)

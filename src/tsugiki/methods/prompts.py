@@ -20,24 +20,29 @@ def noise(tensor: Tensor, generator: torch.Generator) -> None:
 class VirtualEdit(Edit):
     """Puts its table of `tokens` where the site's output stands for this adapter's virtual positions."""
     starts_as_identity = False
-    heads_first, scale = False, 1.0
+    by_row, heads_first, scale = True, False, 1.0
 
     def table(self) -> Tensor:
         """(tokens, width)"""
         return self.tokens
 
+    def alike(self) -> Any:
+        return self.tokens.shape if "tokens" in self._parameters else None
+
     def post(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
         if not ctx.virtual:                           # decoding: the virtual positions are in the cache already
             return y
-        tokens = self.table().to(y.dtype) * self.scale                        # (n, D)
-        count = len(tokens)
+        tokens = self.table().to(y.dtype) * self.scale                        # (n, D), or of several adapters (g, n, D)
+        count = tokens.shape[-2]
+        tokens = tokens.reshape(-1, 1, *tokens.shape[-2:])
+        tokens = tokens.expand(-1, len(y) // len(tokens), -1, -1).flatten(0, 1)         # (B, n, D)
         if y.dim() == 4:                              # a key norm sees (B, T, H, d) or (B, H, T, d)
             tokens = tokens.unflatten(-1, (-1, y.shape[-1]))
-            tokens = tokens.transpose(0, 1) if self.heads_first else tokens
+            tokens = tokens.transpose(1, 2) if self.heads_first else tokens
         along = y.dim() - 2 if self.heads_first else 1
         start = ctx.virtual - count                   # rows with fewer tokens have the slots left of theirs masked
         before, after = y.narrow(along, 0, start), y.narrow(along, ctx.virtual, y.shape[along] - ctx.virtual)
-        return torch.cat([before, tokens.expand(len(y), *tokens.shape), after], along)
+        return torch.cat([before, tokens, after], along)
 
 
 class Tables:

@@ -16,6 +16,7 @@ from .prompts import SHAPE, Tables, VirtualEdit, noise
 class EncodedPromptEdit(VirtualEdit):
     """P-tuning: embeddings that a small MLP makes while it trains."""
     roles, virtual = ("embed",), "sequence"
+    alike = VirtualEdit.alike
 
     def __init__(self, config: PTuning, site: Site, start: Start):
         super().__init__(config, site, start)

@@ -13,6 +13,8 @@ from .bottleneck import Bottleneck, Bottlenecks
 
 class SeriesEdit(Bottleneck):
     """y + f(y)."""
+    alike = Bottleneck.alike
+
     def post(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
         return y + self.change(y)
 

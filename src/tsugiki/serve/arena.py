@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 KV = list[tuple[Tensor, Tensor]]                      # of one row, a layer each: (H, L, D)
-BLOCK = 64                                            # columns that buffers are made in
+SPARE = 128                                           # free columns of new buffers, beside as many as are used
 SLACK = 1.25                                          # columns a full arena has, over its longest row: else every step moves it
 
 
@@ -69,12 +69,12 @@ class Arena(Cache):
         if rows <= self.rows and length <= self.end and self.end + more <= self.capacity:
             return
         window = max([length, *self.lengths])
-        rows, spare = max(rows, len(self.lengths)), window + 2 * BLOCK
+        rows, spare = max(rows, len(self.lengths)), window + SPARE
         if self.limit is None or (rows + 3 & ~3) * (window + more) <= self.limit:
             rows = rows + 3 & ~3
         if self.limit is not None:
-            spare = min(spare, self.limit // rows - window)
-        self._move(rows, -(-(window + max(more, spare)) // BLOCK) * BLOCK, window)
+            spare = max(more, min(spare, self.limit // rows - window))
+        self._move(rows, window + spare, window)
 
     def _move(self, rows: int, capacity: int, end: int) -> None:
         """New buffers, in which the window ends at `end`."""

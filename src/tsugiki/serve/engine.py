@@ -4,6 +4,7 @@ Between two steps of one token for all rows, rows that ended leave, others join,
 """
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from collections.abc import Callable
@@ -62,7 +63,8 @@ class Engine:
         for name, value in sizes.items():
             if value is not None and value < 1:
                 raise UserError(f"{name}: must be at least 1, got {value}")
-        self.tokenizer, self.batch, self.queue, self.chunk = tokenizer, batch, queue, chunk
+        self.tokenizer = copy.deepcopy(tokenizer)     # of our own: others may change how theirs pads or cuts, in other threads
+        self.batch, self.queue, self.chunk = batch, queue, chunk
         self.forward = Forward(model, STEPS)
         limit = self.forward.longest()
         if max_length is not None and limit is not None and max_length > limit:
@@ -74,7 +76,7 @@ class Engine:
         self.forward.arena.limit = self.cache_tokens
         self.prefix = PrefixCache(min(most, int(free * PREFIX_SHARE) // column) if prefix_tokens is None else prefix_tokens)
         kept = int(available(torch.device("cpu")) * KEPT_SHARE) if kept_bytes is None else kept_bytes
-        self.slots = Slots(self.forward.home, tokenizer, slots, kept, self._notify)
+        self.slots = Slots(self.forward.home, self.tokenizer, slots, kept, self._notify)
         self.base_stop_ids = frozenset(self.slots.renderer().stop_ids) | _config_stop_ids(model)
         self.anchor = tokenizer("a", add_special_tokens=False)["input_ids"]       # what a first token's leading space needs
         self.counts, self.waiting = Counts(), Waiting()
@@ -228,6 +230,8 @@ class Engine:
         for row in [row for row in self.waiting if row.version and row.version.error]:
             self._unqueue(row)
             self._end(row, "error", row.version.error)
+            if not row.version.claims:                # whoever asks for it next has it read again
+                row.version.error = None
         while len(self.running) + len(self.starting) < self.batch and (row := self._next()):
             with self.wake:
                 self.queued -= 1
@@ -239,18 +243,17 @@ class Engine:
             self.starting.append(row)
 
     def _next(self) -> Row | None:
-        def attached(row: Row) -> bool:
-            return row.version is None or row.version.resident
-
         aged = self.waiting.aged()
         if aged is None:
-            return self.waiting.take(attached, self._begin)
+            return self.waiting.take(self._begin)
         if self._begin(aged):
             self.waiting.drop(aged)
             return aged
-        if not self._fits(aged):
+        if not self._fits(aged):                      # it needs columns: nobody takes any until it has them
             return None
-        return self.waiting.take(attached, lambda row: attached(row) and self._begin(row), skip=self.slots.emptiest())
+        # It needs a slot: the emptiest one is let run empty, and no other adapter takes one.
+        attached = [None, *(v for v in tuple(self.slots.inside) if v.resident)]
+        return self.waiting.take(lambda row: row.version in attached and self._begin(row), self.slots.emptiest() or ())
 
     def _begin(self, row: Row) -> bool:
         return self._fits(row) and self.slots.hold(row.version)

@@ -21,6 +21,7 @@ from tsugiki.errors import UserError, nearest
 from tsugiki.weights import device_of
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "MANIFEST.json")
+SERIAL = itertools.count(1)                           # of contents: several engines may share a base
 READING = 2                                           # adapters read ahead of the requests that can begin
 
 
@@ -72,7 +73,7 @@ class Slots:
         self.lock = threading.RLock()                 # whoever changes what is attached
         self.named: dict[str, Version] = {}
         self.inside: set[Version] = set()             # in memory
-        self.clock, self.serial = itertools.count(1), itertools.count(1)
+        self.clock = itertools.count(1)
         self.loads = self.evictions = 0
         self.load_seconds = 0.0
         self.device = device_of(home.sites[0].exit)
@@ -125,7 +126,7 @@ class Slots:
 
     def _register(self, name: str, path: Path) -> AdapterInfo:
         content = content_of(path)
-        version = Version(name, path, content, f"v{next(self.serial)}.{content[:12]}")
+        version = Version(name, path, content, f"v{next(SERIAL)}.{content[:12]}")
         self._read(version)
         version.fresh, version.used = False, next(self.clock)
         self.named[name] = version

@@ -1,4 +1,4 @@
-"""Which request begins next: adapters take turns, those in memory go first, and nobody is passed over for ever."""
+"""Which request begins next: adapters take turns, and one that cannot have its turn yet is not passed over for ever."""
 from __future__ import annotations
 
 from collections import OrderedDict, deque
@@ -16,9 +16,8 @@ class Waits(Protocol):
 class Waiting:
     """Requests by adapter, each adapter's in the order they came.
 
-    Of the adapters that could begin now, the one whose last turn is longest ago begins, those that are in memory before
-    others. Who is passed over PATIENCE times is waited for: `take` gives no other until it can begin, but for
-    adapters that the caller keeps in memory meanwhile.
+    The adapter whose last turn is longest ago has the next. One that cannot begin now (no slot is free, it is being read) is
+    passed over, PATIENCE times; then it is `aged`, and the caller makes room for it.
     """
 
     def __init__(self) -> None:
@@ -41,13 +40,12 @@ class Waiting:
         heads = [queue[0] for queue in self.queues.values()]
         return max((row for row in heads if row.passed >= PATIENCE), key=lambda row: row.passed, default=None)
 
-    def take(self, first: Callable[[Any], bool], begin: Callable[[Any], bool], skip: Hashable = ()) -> Any | None:
-        """The next request, which `begin` accepted; None if none can begin. first: whether it is cheap to begin (in memory);
-        skip: an adapter whose turn it is not."""
+    def take(self, begin: Callable[[Any], bool], skip: Hashable = ()) -> Any | None:
+        """The next request, which `begin` accepted; None if none can begin. skip: an adapter whose turn it is not."""
         heads = [queue[0] for version, queue in self.queues.items() if version is not skip]
-        for row in sorted(heads, key=lambda row: not first(row)):
+        for n, row in enumerate(heads):
             if begin(row):
-                for other in heads[:heads.index(row)]:
+                for other in heads[:n]:
                     other.passed += 1
                 self.drop(row)
                 if row.version in self.queues:
