@@ -50,7 +50,7 @@ GRAPH: dict[str, set[str]] = {
     "serve": {"core", "data", "errors", "evaluate", "formats", "kernels", "load", "memory", "weights"},
     "top": {"api", "config", "core", "errors", "load", "methods", "sites"},
     "cli": {"api", "capabilities", "combine", "compare", "config", "core", "data", "errors", "evaluate", "formats", "load",
-            "methods", "plan", "train"},
+            "methods", "plan", "serve", "train"},
 }
 # Imports against the stream, made inside a function when it is called. Each has its reason.
 UPWARD = {

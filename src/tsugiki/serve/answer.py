@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from tsugiki.serve.refusal import Refusal
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from tsugiki.serve.asked import Asked
     from tsugiki.serve.request import Event, TokenLogprob
 
+VERSION = metadata.version("tsugiki")
 LOWEST = -9999.0                    # JSON has no minus infinity; OpenAI writes this
 
 
@@ -115,5 +117,4 @@ def _entry(text: str, logprob: float, data: Sequence[int] | None = None) -> dict
 
 def fingerprint(version: str) -> str:
     """What answered: this software and the adapter's content."""
-    from tsugiki import __version__
-    return f"fp_{hashlib.sha256(f'{__version__} {version}'.encode()).hexdigest()[:10]}"
+    return f"fp_{hashlib.sha256(f'{VERSION} {version}'.encode()).hexdigest()[:10]}"

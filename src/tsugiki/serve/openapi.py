@@ -4,6 +4,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from tsugiki.serve import schema
+from tsugiki.serve.answer import VERSION
 
 TEXT = {"type": "string"}
 ERROR = {"type": "object", "required": ["error"], "properties": {"error": {
@@ -46,7 +47,6 @@ def _operation(about: str, answers: dict[int, tuple[str, dict]], body: dict | No
 @lru_cache(1)
 def document(limits: schema.Limits) -> dict:
     """OpenAPI 3.1. Its request bodies are `schema`'s, with this server's limits."""
-    from tsugiki import __version__
     streamed = _json(ANSWER) | {"text/event-stream": {"schema": TEXT}}
     busy = (401, 403, 404, 429, 500, 503, 504)
     adapters = {"type": "object", "properties": {"adapters": {"type": "array", "items": ADAPTER}}}
@@ -74,5 +74,5 @@ def document(limits: schema.Limits) -> dict:
             "delete": _operation("take it off; what runs on it ends", {200: ("it is off", _json({"type": "object"}))},
                                  path="name") | admin}}
     schemes = {"user": {"type": "http", "scheme": "bearer"}, "admin": {"type": "http", "scheme": "bearer"}}
-    return {"openapi": "3.1.0", "info": {"title": "Tsugiki", "version": __version__}, "paths": paths,
+    return {"openapi": "3.1.0", "info": {"title": "Tsugiki", "version": VERSION}, "paths": paths,
             "security": [{"user": []}], "components": {"securitySchemes": schemes}}
