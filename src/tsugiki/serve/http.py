@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -104,23 +104,18 @@ class Service:
             asked = (self.models.chat if chat else self.models.completion)(body, limits)
             flight.start(asked.requests)
             return asked
-        try:
+        with ExitStack() as ends:
+            ends.callback(flight.cancel)
             asked = await run_in_threadpool(begin)
-            work = self._chunks(flight, Answer(asked, chat), began)
-            if asked.stream:
-                return StreamingResponse(work, media_type="text/event-stream",
-                                         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-            return await _unless_gone(request, self._whole(flight, Answer(asked, chat), began))
-        except BaseException:
-            flight.cancel()
-            raise
+            answer = Answer(asked, chat)
+            if not asked.stream:
+                return await _unless_gone(request, self._whole(flight, answer, began))
+            ends.pop_all()                            # the response cancels the flight when it ends
+            return _Events(self._chunks(flight, answer, began), flight)
 
     async def _whole(self, flight: Flight, answer: Answer, began: float) -> Response:
-        try:
-            async for index, event in self._timed(flight, began):
-                answer.choices[index].add(event)
-        finally:
-            flight.cancel()
+        async for index, event in self._timed(flight, began):
+            answer.choices[index].add(event)
         return reply(answer.whole(flight.cached(answer.each)))
 
     async def _chunks(self, flight: Flight, answer: Answer, began: float) -> AsyncIterator[str]:
@@ -137,8 +132,6 @@ class Service:
             yield "data: [DONE]\n\n"
         except Refusal as e:
             yield _event(e.body())
-        finally:
-            flight.cancel()
 
     async def _timed(self, flight: Flight, began: float) -> AsyncIterator[tuple[int, Any]]:
         """The flight's events; the first one's time and the whole are counted."""
@@ -149,6 +142,20 @@ class Service:
                 first = False
             yield pair
         self.metrics.whole.add(time.monotonic() - began)
+
+
+class _Events(StreamingResponse):
+    """Server-sent events of a flight, which ends with the response, also where the client left before the first of them."""
+
+    def __init__(self, chunks: AsyncIterator[str], flight: Flight):
+        super().__init__(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self.flight = flight
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.flight.cancel()
 
 
 class Front:
