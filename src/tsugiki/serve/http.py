@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from tsugiki.errors import UserError
 from tsugiki.serve import admin, metrics, page, schema
 from tsugiki.serve.answer import Answer
 from tsugiki.serve.auth import LOOPBACK, Keys, authorise, known_host
@@ -57,7 +58,7 @@ class Service:
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completion, methods=["POST"]),
             *admin.routes(self)]
-        handlers = {Refusal: _refused, HTTPException: _not_routed, Exception: _failed}
+        handlers = {Refusal: _refused, UserError: _wrong, HTTPException: _not_routed, Exception: _failed}
         self.inner = Starlette(routes=routes, exception_handlers=handlers)
         self.app = Front(self.inner, self)
 
@@ -222,6 +223,11 @@ def _event(body: dict) -> str:
 
 async def _refused(request: Request, e: Refusal) -> Response:
     return reply(e.body(), e.status, e.headers)
+
+
+async def _wrong(request: Request, e: UserError) -> Response:
+    """What the library refuses that the schemas let pass."""
+    return reply(Refusal(400, str(e).splitlines()[0]).body(), 400)
 
 
 async def _not_routed(request: Request, e: HTTPException) -> Response:
