@@ -17,7 +17,7 @@ MAX_MEDIAN_METHOD = 80
 
 # A unit is a module or a whole package; the longest name that fits a module is its unit.
 UNITS = {
-    "core": ("route", "edit", "group", "tap", "virtual", "merge", "adapters"),
+    "core": ("route", "edit", "pool", "group", "tap", "virtual", "merge", "adapters"),
     "capabilities": ("capabilities", "bench"),
     "plan": ("plan", "rehearsal", "rates"),
     "top": ("",),                                     # tsugiki/__init__.py, the public names

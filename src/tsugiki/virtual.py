@@ -56,7 +56,7 @@ def enter(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     spans = ids.ends if isinstance(ids, Spans) else None
     if spans and spans[-1] != main.shape[1]:
         raise UserError(f"adapter_ids: the last span ends at {spans[-1]}, the row at {main.shape[1]}")
-    ctx = Context(levels(rows, main.device, spans), *main.shape[:2], axis=int(spans is not None),
+    ctx = Context(levels(rows, main.device, spans), tuple(rows), *main.shape[:2], axis=int(spans is not None),
                   mask=kwargs.get("attention_mask"), keys=keys, home=home)
     if any(name in home.placed for row in set(rows) for name, _ in row):
         ctx = replace(ctx, places=_places(kwargs, ctx, main, prompt) if given is None else given)
@@ -85,7 +85,8 @@ def enter_part(part: nn.Module, args: tuple, kwargs: dict) -> None:
     for name in {name for row in rows for name, _ in row}:
         if name in home.virtual or name in home.placed:
             raise UserError(f"adapter {name!r} needs the whole sequence: call the model itself, not {type(part).__name__}")
-    _push(part, home, Context(levels(rows, main.device), *main.shape[:2], mask=kwargs.get("attention_mask"), home=home))
+    _push(part, home, Context(levels(rows, main.device), tuple(rows), *main.shape[:2], mask=kwargs.get("attention_mask"),
+                              home=home))
 
 
 def leave(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
