@@ -19,7 +19,8 @@ from tsugiki.cli.main import main
 from tsugiki.formats.export import export_model
 from tsugiki.load import base_path
 
-COMMANDS = ("demo", "train", "compare", "generate", "chat", "eval", "merge", "combine", "convert", "methods", "plan", "data")
+COMMANDS = ("demo", "train", "compare", "generate", "chat", "eval", "merge", "combine", "convert", "methods", "plan", "data",
+            "serve")
 SOURCE = str(Path(__file__).parents[1] / "src")
 
 

@@ -64,3 +64,14 @@ def test_train_many(tmp_path, capsys):
     found = {name: (float(a), float(b)) for name, a, b in re.findall(r"(\w+): loss ([\d.]+) -> ([\d.]+) in 6 steps", said)}
     assert found.keys() == {"arithmetic", "intent", "past", "record"} and all(after < before for before, after in found.values())
     assert all((tmp_path / "out" / name / "adapter" / "adapter_model.safetensors").is_file() for name in found)
+
+
+def test_serve_client(capsys, monkeypatch):
+    from serve_kit import KEY, Script, service, serving
+
+    from tsugiki.serve.auth import Keys
+    monkeypatch.setenv("TSUGIKI_KEY", KEY)
+    with serving(service(Script(words=2), keys=Keys((KEY.encode(),)))) as url:
+        answers = example("serve_client").main(url, "Hello?")
+    assert answers == {"base": " the base the base", "alpha": " alpha alpha", "beta": " beta beta"}
+    assert "alpha  alpha alpha" in capsys.readouterr().out

@@ -17,7 +17,7 @@ MAX_MEDIAN_METHOD = 80
 
 # A unit is a module or a whole package; the longest name that fits a module is its unit.
 UNITS = {
-    "core": ("route", "edit", "group", "tap", "virtual", "merge", "adapters"),
+    "core": ("route", "edit", "pool", "group", "tap", "virtual", "merge", "adapters"),
     "capabilities": ("capabilities", "bench"),
     "plan": ("plan", "rehearsal", "rates"),
     "top": ("",),                                     # tsugiki/__init__.py, the public names
@@ -47,9 +47,10 @@ GRAPH: dict[str, set[str]] = {
              "train"},
     "api": {"config", "core", "data", "errors", "evaluate", "load", "methods", "train", "weights"},
     "compare": {"config", "data", "errors", "evaluate", "load", "memory", "methods", "plan", "train"},
+    "serve": {"core", "data", "errors", "evaluate", "formats", "kernels", "load", "memory", "weights"},
     "top": {"api", "config", "core", "errors", "load", "methods", "sites", "train"},
     "cli": {"api", "capabilities", "combine", "compare", "config", "core", "data", "errors", "evaluate", "formats", "load",
-            "methods", "plan", "train"},
+            "methods", "plan", "serve", "train"},
 }
 # Imports against the stream, made inside a function when it is called. Each has its reason.
 UPWARD = {

@@ -175,17 +175,27 @@ class Adapters:
             delattr(self.model.adapter_shared, child(name))
             raise
         edits = {site.name: made[site.name] for site in self.sites if site.name in made}
-        for site, edit in edits.values():
-            self._taps[site.name].add(name, edit)
-        for part in config.parts:
-            if part.edit.virtual:
-                self.virtual[name] = (part.tokens, part.edit.virtual)
-        self._adapters[name] = adapter = Adapter(name, config, edits, shared, self)
-        if adapter.needs_places:
-            self.placed.add(name)
+        self._put(adapter := Adapter(name, config, edits, shared, self))
         if len(self._adapters) == 1:
             self.active = name
         return adapter
+
+    def _put(self, adapter: Adapter) -> None:
+        """Its edits on their taps, and what a forward looks up about it."""
+        for site, edit in adapter.edits.values():
+            self._taps[site.name].add(adapter.name, edit)
+        for part in adapter.cfg.parts:
+            if part.edit.virtual:
+                self.virtual[adapter.name] = (part.tokens, part.edit.virtual)
+        if adapter.needs_places:
+            self.placed.add(adapter.name)
+        self._adapters[adapter.name] = adapter
+
+    def put_back(self, adapter: Adapter) -> None:
+        """Attach what `remove` took off, as it was: nothing is built or read anew. It does not become the default."""
+        self.check_name(adapter.name)
+        self.model.adapter_shared.add_module(child(adapter.name), adapter.shared)
+        self._put(adapter)
 
     def _chosen(self, part: Config, config: Config) -> Sequence[Site]:
         default = part.targets == type(part).targets
@@ -207,8 +217,8 @@ class Adapters:
         if name in self._adapters:
             raise UserError(f"adapter {name!r} exists; remove it first")
 
-    def remove(self, name: str) -> None:
-        """Take an adapter off. Raises UserError while it is merged."""
+    def remove(self, name: str) -> Adapter:
+        """Take an adapter off; `put_back` attaches it again. Raises UserError while it is merged."""
         adapter = self.get(name)
         if name in self.merged:
             raise UserError(f"adapter {name!r} is merged; unmerge({name!r}) first")
@@ -218,7 +228,9 @@ class Adapters:
         self.virtual.pop(name, None)
         self.placed.discard(name)
         del self._adapters[name]
-        self.active = tuple(n for n in self._active if n != name)
+        if name in self._active:
+            self.active = tuple(n for n in self._active if n != name)
+        return adapter
 
     def use(self, ids: str | tuple[str, ...] | dict[str, float] | Sequence[Any] | None) -> AbstractContextManager:
         """Which adapters each row uses inside the block, in this thread: a name, a tuple of names (applied in that order) or

@@ -248,6 +248,10 @@ class Edit(nn.Module):
     def arguments(self, kwargs: dict[str, Any], rows: Rows, ctx: Context) -> None:
         """On a block, if keeps_arguments: the keyword arguments of the layer's call, and the batch rows that are this edit's."""
 
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """(A (r, in), B (out, r), s) if `post` is y + s B (A x), now and for every row; else None."""
+        return None
+
     def alike(self) -> Any:
         """What must be equal for edits of one class to be computed together; None: it never is.
 

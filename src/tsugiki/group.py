@@ -25,7 +25,10 @@ def together(parts: Sequence[Part]) -> list[list[Part]]:
     for n, (edit, rows, weight) in enumerate(parts):
         alike = edit.alike() if weight == 1.0 and rows is not None else None
         groups.setdefault(n if alike is None else (type(edit), alike), []).append((edit, rows, weight))
-    return list(groups.values())
+    if torch.is_grad_enabled():
+        return list(groups.values())
+    # By adapter, not by row: when rows trade places, stacks that are kept still serve.
+    return [sorted(group, key=lambda part: id(part[0])) for group in groups.values()]
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,10 @@ class Stacks:
 
     def __init__(self) -> None:
         self.kept: dict[tuple, _Kept] = {}
+
+    def forget(self, edit: Edit) -> None:
+        for key in [key for key in tuple(self.kept) if id(edit) in key]:
+            self.kept.pop(key, None)
 
     def get(self, edits: Sequence[Edit], dtype: torch.dtype) -> Edit:
         if torch.is_grad_enabled():

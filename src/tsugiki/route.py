@@ -24,6 +24,7 @@ Stack = tuple[tuple[str, float], ...]                 # the adapters of one row 
 class Context:
     """What one forward tells the edits. Immutable; a new one per forward, in the calling thread only."""
     route: tuple[Level, ...] = ()                     # level i holds the i-th adapter of each row's stack
+    rows: tuple[Stack, ...] = ()                      # the same by row
     size: int = 0                                     # rows in the batch; 0: no forward of the model is in progress
     length: int = 0                                   # positions a row, virtual ones included
     axis: int = 0                                     # what the route's Rows count: rows, or 1: positions of one packed row

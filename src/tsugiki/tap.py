@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .edit import Edit
 from .errors import UserError
 from .group import Part, Stacks, run, together
+from .pool import Pools
 from .route import UNSET, Context, cell, cut, levels, wanted
 from .sites import Site
 from .weights import device_of
@@ -59,12 +60,13 @@ class Tap(Unsaved):
         self.pres: dict[str, Edit] = {}               # adapter name -> edit, where the edit has that port
         self.posts: dict[str, Edit] = {}
         self.keeps: dict[str, Edit] = {}              # those that ask for the arguments of the layer's call
-        self.stacks, self.heads_first = Stacks(), site.heads_first
+        self.stacks, self.pools, self.heads_first = Stacks(), Pools(), site.heads_first
         columns = None if site.features is None else site.features.to(device_of(site.exit))
         self.register_buffer("features", columns, persistent=False)
 
     def add(self, adapter: str, edit: Edit) -> None:
         self.add_module(child(adapter), edit)
+        self.pools.forget()
         if type(edit).pre is not Edit.pre:
             self.pres[adapter] = edit
         if type(edit).post is not Edit.post:
@@ -73,10 +75,12 @@ class Tap(Unsaved):
             self.keeps[adapter] = edit
 
     def remove(self, adapter: str) -> None:
+        edit = getattr(self, child(adapter))
         delattr(self, child(adapter))
         for port in (self.pres, self.posts, self.keeps):
             port.pop(adapter, None)
-        self.stacks = Stacks()                        # a new one: another thread may be using the old
+        self.stacks.forget(edit)
+        self.pools.forget(edit)
 
     def context(self) -> Context:
         """The forward in progress; outside of one (a layer called by hand) the default adapters, on every row."""
@@ -111,7 +115,12 @@ class Tap(Unsaved):
             whole = t.reshape(ctx.size, -1, t.shape[-1])
             x = None if x is None else x.reshape(ctx.size, -1, x.shape[-1])
             return self._run(edits, x, whole, ctx).reshape(t.shape)
+        # One token a row, as in decoding, under one adapter each.
+        pooled = x is not None and t.dim() == 3 and t.shape[1] == 1 and len(ctx.route) == 1 and ctx.size == len(t) \
+            and len(ctx.rows) == ctx.size and not ctx.axis and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         for level in ctx.route:
+            if pooled and (plan := self.pools.of(edits, level, t, ctx)).pool is not None:
+                t, level = plan.run(x, t), plan.rest
             here = [(edits[name], rows, weight) for name, rows, weight in level if name in edits]
             if here:
                 t = self._run_level(here, x, t, ctx)

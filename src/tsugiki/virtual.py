@@ -39,11 +39,16 @@ def chosen(home: Any, ids: Any, size: int) -> list[Stack]:
 
 
 def enter(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook of the model: make this forward's Context."""
+    """Forward pre-hook of the model: make this forward's Context.
+
+    Who keeps the cache himself, row by row, says virtual_cached=True once the virtual tokens are in it, with mask and positions
+    that count them, and token_places (2, B, T), as `Context.places`, for prompts that come in pieces.
+    """
     home, kwargs = model.adapters, dict(kwargs)
     if args:
         kwargs = dict(zip(home.arguments, args, strict=False)) | kwargs
     ids, keys, prompt = (kwargs.pop(name, None) for name in ("adapter_ids", "token_keys", "prompt_mask"))
+    cached, given = kwargs.pop("virtual_cached", False), kwargs.pop("token_places", None)
     main = _main(kwargs)
     rows = chosen(home, ids, len(main))
     if keys is not None and keys.shape != main.shape[:2]:
@@ -51,12 +56,12 @@ def enter(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     spans = ids.ends if isinstance(ids, Spans) else None
     if spans and spans[-1] != main.shape[1]:
         raise UserError(f"adapter_ids: the last span ends at {spans[-1]}, the row at {main.shape[1]}")
-    ctx = Context(levels(rows, main.device, spans), *main.shape[:2], axis=int(spans is not None),
+    ctx = Context(levels(rows, main.device, spans), tuple(rows), *main.shape[:2], axis=int(spans is not None),
                   mask=kwargs.get("attention_mask"), keys=keys, home=home)
     if any(name in home.placed for row in set(rows) for name, _ in row):
-        ctx = replace(ctx, places=_places(kwargs, ctx, main, prompt))
+        ctx = replace(ctx, places=_places(kwargs, ctx, main, prompt) if given is None else given)
     tokens = [[home.virtual[name] for name, _ in row if name in home.virtual] for row in rows]
-    if any(tokens):
+    if any(tokens) and not cached:
         if spans:
             raise UserError("virtual tokens (prefix, prompt) cannot be added to packed rows: adapter_ids are spans of one")
         for row, found in zip(rows, tokens, strict=True):
@@ -80,7 +85,8 @@ def enter_part(part: nn.Module, args: tuple, kwargs: dict) -> None:
     for name in {name for row in rows for name, _ in row}:
         if name in home.virtual or name in home.placed:
             raise UserError(f"adapter {name!r} needs the whole sequence: call the model itself, not {type(part).__name__}")
-    _push(part, home, Context(levels(rows, main.device), *main.shape[:2], mask=kwargs.get("attention_mask"), home=home))
+    _push(part, home, Context(levels(rows, main.device), tuple(rows), *main.shape[:2], mask=kwargs.get("attention_mask"),
+                              home=home))
 
 
 def leave(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:

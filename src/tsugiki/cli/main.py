@@ -13,7 +13,7 @@ from tsugiki.errors import RunError, UserError, nearest
 EPILOG = ("Every flag is a key of the run's configuration; --config FILE.yaml and --set a.b=c set the same keys. "
           "See docs/configuration.md.")
 
-HEAVY = ("demo", "train", "eval", "compare")                     # commands that compute for long
+HEAVY = ("demo", "train", "eval", "compare", "serve")                     # commands that compute for long
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,11 +39,12 @@ def emit(args: argparse.Namespace, values: dict, text: str = "") -> None:
 
 
 def parser() -> Parser:
-    from tsugiki.cli import chat, combine, compare, convert, data, demo, eval, generate, merge, methods, plan, train
+    from tsugiki.cli import chat, combine, compare, convert, data, demo, eval, generate, merge, methods, plan, serve, train
     top = Parser(prog="tsugiki",
                  description="Fine-tune large language models. `tsugiki demo` shows the whole road in a few minutes.")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser, required=True)
-    for module in (demo, train, compare, generate, chat, eval, merge, combine, convert, methods, plan, data):
+    for module in (demo, train, compare, generate, chat, serve, eval, merge, combine, convert, methods, plan,
+                   data):
         module.add(commands)
     return top
 

@@ -49,18 +49,13 @@ def adapter_flags(p: argparse.ArgumentParser) -> None:
                    help="an adapter folder, ours or Hugging Face PEFT's; may be given again")
 
 
-def load_with_adapters(args: argparse.Namespace, dtype: str | None = None) -> Loaded:
-    """The base of --base with every --adapter attached under its name (default: the folder's name)."""
-    from tsugiki import formats
-    from tsugiki.adapters import attach
-    from tsugiki.load import EMBEDDED, load
+def folders(given: list[str]) -> dict[str, str]:
+    """Name -> folder of every --adapter (default: the folder's name)."""
     wanted: dict[str, str] = {}
-    for text in args.adapter:
+    for text in given:
         name, sign, folder = text.partition("=")
         if not sign or Path(text).is_dir():            # a folder's name may hold a "="
-            path = Path(text)
-            name, folder = path.resolve().parent.name if path.name == "adapter" else path.resolve().name, text
-            name = re.sub(r"[^A-Za-z0-9_.-]", "-", name).lstrip(".-") or "adapter"
+            name, folder = name_of(Path(text)), text
         if not (Path(folder) / "adapter_config.json").is_file():
             hint = "; that is a whole model: give it as --base" if (Path(folder) / "config.json").is_file() else ""
             if (Path(folder) / "adapter" / "adapter_config.json").is_file():
@@ -69,8 +64,28 @@ def load_with_adapters(args: argparse.Namespace, dtype: str | None = None) -> Lo
         if name in wanted:
             raise UserError(f"--adapter {text}: the name {name!r} is given twice; use NAME=DIR")
         wanted[name] = folder
-    model, tokenizer = load(args.base or EMBEDDED, bits=getattr(args, "bits", None) or None, dtype=dtype or args.dtype or "auto",
-                            device=args.device or "auto", trust_remote_code=args.trust_remote_code)
+    return wanted
+
+
+def name_of(path: Path) -> str:
+    """An adapter's name from its folder: of runs/math/adapter it is math."""
+    name = path.resolve().parent.name if path.name == "adapter" else path.resolve().name
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", name).lstrip(".-") or "adapter"
+
+
+def load_base(args: argparse.Namespace, dtype: str | None = None):
+    """(model, tokenizer) of --base with the flags of `common`."""
+    from tsugiki.load import EMBEDDED, load
+    return load(args.base or EMBEDDED, bits=getattr(args, "bits", None) or None, dtype=dtype or args.dtype or "auto",
+                device=args.device or "auto", trust_remote_code=args.trust_remote_code)
+
+
+def load_with_adapters(args: argparse.Namespace, dtype: str | None = None) -> Loaded:
+    """The base of --base with every --adapter attached under its name."""
+    from tsugiki import formats
+    from tsugiki.adapters import attach
+    wanted = folders(args.adapter)
+    model, tokenizer = load_base(args, dtype)
     adapters, notes = attach(model), {}
     for name, folder in wanted.items():
         formats.load(adapters, name, folder)

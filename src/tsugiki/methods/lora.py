@@ -36,6 +36,10 @@ class LoRAEdit(Edit):
     def alike(self) -> Any:
         return self.p, self.b is None
 
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        plain = type(self).post is LoRAEdit.post and type(self).change is LoRAEdit.change
+        return (self.A, self.B, self.scale) if plain and self.b is None and not (self.p and self.training) else None
+
     def change(self, x: Tensor, ctx: Context) -> Tensor:
         """s * (B A drop(x) + b), in x's dtype."""
         x = dropout(x, self.p, ctx, self.salt, self.training)
