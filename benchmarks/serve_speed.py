@@ -108,7 +108,8 @@ def batch(model: nn.Module, tokenizer: object, folders: list[Path], args: argpar
     for name in run:
         step = (statistics.median(whole[name]) - statistics.median(first[name])) / (args.tokens - 1)
         found[name] = {"step_ms": step * 1e3, "tokens_per_second": ROWS / step,
-                       "first_token_seconds": statistics.median(first[name]), "all_seconds": whole[name], "all_first_seconds": first[name]}
+                       "first_token_seconds": statistics.median(first[name]), "all_seconds": whole[name],
+                       "all_first_seconds": first[name]}
     mine, peers = out["16 adapters"], out["PEFT, 16 adapters"]
     agree = [next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), args.tokens)
              for x, y in zip(mine, peers, strict=True)]
