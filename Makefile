@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test alltests lint harness tasks bench speed joint methods replay study docs clean
+.PHONY: help install demo test alltests lint harness tasks bench speed joint serving methods replay study docs clean
 
 help:           ## this list
 	@sed -n 's/^\([a-z]*\): *[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -47,6 +47,10 @@ speed: $(READY)  ## tokens/s of LoRA at SmolLM2-135M's shape beside Trainer with
 
 joint: $(READY)  ## eight jobs trained together beside one after another, on the embedded base and SmolLM2-135M's shape; minutes. ARGS
 	$(BIN)/python benchmarks/joint_speed.py $(ARGS)
+
+serving: $(READY)  ## the engine: 16 adapters in a batch beside one and beside PEFT, 200 adapters on 16 slots; then cross-talk, 5,000 requests
+	OMP_NUM_THREADS=$(or $(THREADS),2) $(BIN)/python benchmarks/serve_speed.py $(ARGS)
+	$(BIN)/python benchmarks/cross_talk.py
 
 methods: $(READY)  ## train every method on SST-2 (DATA=its folder), three seeds; write the table in docs/methods.md. Hours; goes on
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/methods_sst2.py --data "$(DATA)"

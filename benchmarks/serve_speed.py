@@ -107,8 +107,9 @@ def batch(model: nn.Module, tokenizer: object, folders: list[Path], args: argpar
     found = {}
     for name in run:
         step = (statistics.median(whole[name]) - statistics.median(first[name])) / (args.tokens - 1)
-        found[name] = {"step_ms": step * 1e3, "tokens_per_second": ROWS / step, "first_token_seconds": statistics.median(first[name]),
-                       "all_seconds": whole[name], "all_first_seconds": first[name]}
+        found[name] = {"step_ms": step * 1e3, "tokens_per_second": ROWS / step,
+                       "first_token_seconds": statistics.median(first[name]), "all_seconds": whole[name],
+                       "all_first_seconds": first[name]}
     mine, peers = out["16 adapters"], out["PEFT, 16 adapters"]
     agree = [next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), args.tokens)
              for x, y in zip(mine, peers, strict=True)]
@@ -156,8 +157,8 @@ def main() -> None:
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    setting = vars(args) | {"threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__,
-                            "peft": peft.__version__}
+    setting = vars(args) | {"threads": torch.get_num_threads(), "torch": torch.__version__,
+                            "transformers": transformers.__version__, "peft": peft.__version__}
     with tempfile.TemporaryDirectory() as room:
         for name in args.base:
             model, tokenizer = base(name, Path(room))

@@ -7,7 +7,8 @@ batch's adapters copies the factors of those that came; the others keep their pl
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,41 +25,41 @@ class Pool:
     """The factors of adapters at one site, in the dtype they are computed in; each in a place of its own."""
 
     def __init__(self, edits: Sequence[Edit], dtype: torch.dtype):
-        self.edits: list[Edit | None] = [None] * (1 << (len(edits) - 1).bit_length())
-        self.states: list[tuple] = [()] * len(self.edits)
+        self.size = 1 << (len(edits) - 1).bit_length()
+        self.at: dict[Edit, tuple[int, tuple]] = {}   # where an edit lies, and the state of its numbers then
         factors = [edit.factors() for edit in edits]
         a, b, _ = factors[0]
-        self.rank, size = max(len(a) for a, _, _ in factors), len(self.edits)
-        self.a = a.new_zeros(size * self.rank, a.shape[1], dtype=dtype)
-        self.b = b.new_zeros(b.shape[0], size * self.rank, dtype=dtype)
-        self.scale = a.new_zeros(size * self.rank, dtype=dtype)
+        self.rank = max(len(a) for a, _, _ in factors)
+        self.a = a.new_zeros(self.size * self.rank, a.shape[1], dtype=dtype)
+        self.b = b.new_zeros(b.shape[0], self.size * self.rank, dtype=dtype)
+        self.scale = a.new_zeros(self.size * self.rank, dtype=dtype)
 
-    def places(self, edits: Sequence[Edit]) -> list[int] | None:
-        """Where each of these edits lies, put there if it did not; None if they need another pool."""
-        if len(edits) > len(self.edits):
+    def places(self, edits: Sequence[Edit], known: Container[Edit]) -> list[int] | None:
+        """Where each of these edits lies, put there if it did not; None if they need another pool. known: those whose
+        numbers are as they were."""
+        if len(edits) > self.size:
             return None
-        free = [n for n, edit in enumerate(self.edits) if edit not in edits]
-        found = []
-        for edit in edits:
-            if edit not in self.edits:
-                if not self._put(free.pop(), edit):
-                    return None
-            elif self.states[self.edits.index(edit)] != state(holders(edit)) and not self._put(self.edits.index(edit), edit):
+        new = [e for e in edits if e not in self.at or e not in known and self.at[e][1] != state(holders(e))]
+        if new:
+            for edit in [e for e in self.at if e in new or len(new) + len(self.at) > self.size and e not in edits]:
+                del self.at[edit]
+            free = sorted({*range(self.size)} - {place for place, _ in self.at.values()})
+            if not all(self._put(place, edit) for place, edit in zip(free, new, strict=False)):
                 return None
-            found.append(self.edits.index(edit))
-        return found
+        return [self.at[edit][0] for edit in edits]
 
     def _put(self, place: int, edit: Edit) -> bool:
         a, b, scale = edit.factors()
         if len(a) > self.rank or a.device != self.a.device:
             return False
-        rows = slice(place * self.rank, place * self.rank + len(a))
         whole = slice(place * self.rank, (place + 1) * self.rank)
-        self.a[whole], self.b[:, whole], self.scale[whole] = 0, 0, scale
-        self.a[rows], self.b[:, rows] = a.detach(), b.detach()
-        self.edits[place], self.states[place] = edit, state(holders(edit))
+        if len(a) < self.rank:
+            self.a[whole], self.b[:, whole] = 0, 0
+        rows = slice(whole.start, whole.start + len(a))
+        self.a[rows], self.b[:, rows], self.scale[whole] = a.detach(), b.detach(), scale
+        self.at[edit] = place, state(holders(edit))
         # A zero times what is not finite would reach the rows of the others.
-        return bool(self.a[rows].isfinite().all() and self.b[:, rows].isfinite().all())
+        return math.isfinite(float(self.a[rows].sum(dtype=torch.float64) + self.b[:, rows].sum(dtype=torch.float64)))
 
 
 def holders(edit: Edit) -> list[tuple[dict, str]]:
@@ -76,7 +77,8 @@ class Plan:
     """What a site does in a forward whose rows have these adapters: it holds from step to step."""
     rows: tuple[Stack, ...]
     dtype: torch.dtype
-    holders: tuple[tuple[dict, str], ...]             # where the pooled numbers are from
+    edits: tuple[Edit, ...]                           # those in the pool
+    holders: tuple[tuple[dict, str], ...]             # where their numbers are from
     state: tuple
     pool: Pool | None                                 # None: nothing here is computed so
     others: Tensor | None                             # (B, 1, n * r) bool: what is not a row's own
@@ -94,34 +96,43 @@ class Pools:
         self.pool: Pool | None = None
         self.plan: Plan | None = None
 
-    def forget(self, edit: Edit | None = None) -> None:
-        """The site's edits changed; `edit` is no more."""
+    def forget(self, edit: Edit) -> None:
+        """An edit is no more at this site."""
         self.plan = None
-        if self.pool is not None and edit in self.pool.edits:
-            self.pool.edits[self.pool.edits.index(edit)] = None
+        if self.pool is not None:
+            self.pool.at.pop(edit, None)
 
     def of(self, edits: Mapping[str, Edit], level: Level, t: Tensor, ctx: Context) -> Plan:
         """The plan for a level of the route, one token a row. t: the site's output, (B, 1, D)."""
         plan = self.plan
-        if plan is None or plan.rows != ctx.rows or plan.dtype != t.dtype or plan.state != state(plan.holders):
-            plan = self.plan = self._made(edits, level, t, ctx)
+        same = plan is not None and plan.state == state(plan.holders)
+        if not same or plan.rows != ctx.rows or plan.dtype != t.dtype:
+            plan = self.plan = self._made(edits, level, t, ctx, plan.edits if same else ())
         return plan
 
-    def _made(self, edits: Mapping[str, Edit], level: Level, t: Tensor, ctx: Context) -> Plan:
-        low = [(name, edits[name]) for name, rows, weight in level
-               if rows is not None and weight == 1.0 and name in edits and edits[name].factors() is not None]
-        low = low if len(low) >= FEWEST else []
-        chosen = tuple(edit for _, edit in low)
-        if chosen:
-            places = None if self.pool is None or self.pool.a.dtype != t.dtype else self.pool.places(chosen)
+    def _made(self, edits: Mapping[str, Edit], level: Level, t: Tensor, ctx: Context, known: Container[Edit]) -> Plan:
+        low = {name: edits[name] for name, rows, weight in level
+               if rows is not None and weight == 1.0 and name in edits and edits[name].factors() is not None}
+        chosen = tuple(low.values())
+        if len(chosen) >= FEWEST:
+            fits = self.pool is not None and self.pool.a.dtype == t.dtype
+            places = self.pool.places(chosen, known) if fits else None
             if places is None:
                 self.pool = Pool(chosen, t.dtype)
-                places = self.pool.places(chosen)
-            if places is not None:
-                place = {name: n for (name, _), n in zip(low, places, strict=True)}
-                own = torch.tensor([place.get(stack[0][0], -1) if stack else -1 for stack in ctx.rows], device=t.device)
-                at = torch.arange(len(self.pool.edits), device=t.device).repeat_interleave(self.pool.rank)
-                rest = tuple(part for part in level if part[0] not in place)
+                places = self.pool.places(chosen, ())
+            if places is None:                        # numbers that are not finite: each by itself
+                self.pool = None
+            else:
+                key = ("others", *places, *low, self.pool.size, self.pool.rank)
+                if key not in ctx.scratch:
+                    ctx.scratch[key] = _others(ctx.rows, dict(zip(low, places, strict=True)), self.pool, t.device)
                 of = tuple(holder for edit in chosen for holder in holders(edit))
-                return Plan(ctx.rows, t.dtype, of, state(of), self.pool, (own[:, None] != at)[:, None], rest)
-        return Plan(ctx.rows, t.dtype, (), state(()), None, None, level)
+                return Plan(ctx.rows, t.dtype, chosen, of, state(of), self.pool, ctx.scratch[key],
+                            tuple(part for part in level if part[0] not in low or part[2] != 1.0))
+        return Plan(ctx.rows, t.dtype, (), (), state(()), None, None, level)
+
+
+def _others(rows: Sequence[Stack], places: Mapping[str, int], pool: Pool, device: torch.device) -> Tensor:
+    """(B, 1, n * r) bool: which of the numbers of A x are not of the row's own adapter."""
+    own = torch.tensor([places.get(stack[0][0], -1) if stack and stack[0][1] == 1.0 else -1 for stack in rows], device=device)
+    return (own[:, None] != torch.arange(pool.size, device=device).repeat_interleave(pool.rank))[:, None]

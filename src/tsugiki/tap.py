@@ -66,7 +66,7 @@ class Tap(Unsaved):
 
     def add(self, adapter: str, edit: Edit) -> None:
         self.add_module(child(adapter), edit)
-        self.pools.forget()
+        self.pools.plan = None
         if type(edit).pre is not Edit.pre:
             self.pres[adapter] = edit
         if type(edit).post is not Edit.post:
