@@ -38,7 +38,7 @@ class Script:
     running: set = field(default_factory=set)
     finished: Counter = field(default_factory=Counter)
     asked: list[Request] = field(default_factory=list)
-    begun: threading.Event = field(default_factory=threading.Event)
+    gate: threading.Event | None = None               # what answers wait for when they are half said
 
     def __post_init__(self):
         self.known = {name: self._info(name, "0") for name in self.names}
@@ -84,9 +84,10 @@ class Script:
         return stream
 
     def _answer(self, stream, on_event):
-        self.begun.set()
         finish, text, sampling = "stop", f" {stream.request.adapter or 'the base'}", stream.request.sampling
-        for _ in range(min(self.words, sampling.max_tokens)):
+        for n in range(min(self.words, sampling.max_tokens)):
+            if self.gate is not None and n == self.words // 2:
+                self.gate.wait(120)
             if stream.stop.wait(self.pace):
                 finish = "cancelled"
                 break
