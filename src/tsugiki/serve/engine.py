@@ -335,8 +335,12 @@ class Engine:
             if not ok:
                 self._stop_row(row, "error", "the model's scores are not finite numbers"
                                + (f" with the adapter {row.version.name!r}" if row.version else ""))
-            elif finish := row.push(token, own, self.tokenizer):
-                self._stop_row(row, finish, told=True)
+                continue
+            try:
+                if finish := row.push(token, own, self.tokenizer):
+                    self._stop_row(row, finish, told=True)
+            except Exception as e:                    # its text cannot be made
+                self._stop_row(row, "error", _line(e))
         self.counts.tokens(sum(finite))
 
     def _stop_row(self, row: Row, finish: str, error: str | None = None, told: bool = False) -> None:
@@ -353,11 +357,11 @@ class Engine:
         self._end(row, finish, error, told)
 
     def _end(self, row: Row, finish: str, error: str | None = None, told: bool = False) -> None:
-        if row.version is not None:
-            row.version.claims -= 1
         self.counts.end(row.stream.request.adapter, finish, len(row.answer))
         with self.wake:
             self.changed = True                       # someone may be able to begin now
+            if row.version is not None:
+                row.version.claims -= 1
         if not told:
             row.end(finish, error)
 

@@ -64,7 +64,10 @@ class Row:
 
     def end(self, finish: str, error: str | None = None) -> None:
         """The last event, for an end that no token brought."""
-        text = "" if self.writer is None else self.writer.close()[0]
+        try:
+            text = "" if self.writer is None else self.writer.close()[0]
+        except Exception:                             # that it cannot be made is why the row ends
+            text = ""
         self.stream.put(Event(text, (), (), finish, error))
 
 

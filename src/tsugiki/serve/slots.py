@@ -7,7 +7,8 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ class Slots:
 
     def add(self, name: str, path: str | Path) -> AdapterInfo:
         """Register a folder, which is read and checked now. Raises UserError for a name in use and whatever formats.load does."""
-        with self.lock:
+        with self._changing():
             if name in self.named:
                 raise UserError(f"adapter {name!r} exists; remove or replace it")
             self.home.check_name(name)
@@ -93,15 +94,23 @@ class Slots:
 
     def replace(self, name: str, path: str | Path) -> AdapterInfo:
         """A name means another folder from now on; if that cannot be read it means what it did."""
-        with self.lock:
+        with self._changing():
             self.get(name)
             return self._register(name, Path(path))
 
     def remove(self, name: str) -> None:
-        with self.lock:
+        with self._changing():
             self.get(name)
             del self.named[name]
-        self.wake()
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Inside, nobody attaches; who could not is woken once the lock is free again."""
+        try:
+            with self.lock:
+                yield
+        finally:
+            self.wake()
 
     def get(self, name: str) -> Version:
         version = self.named.get(name)
@@ -131,7 +140,6 @@ class Slots:
         version.fresh, version.used = False, next(self.clock)
         self.named[name] = version
         self._shrink()
-        self.wake()
         return self.info(version)
 
     def _read(self, version: Version) -> None:
@@ -210,7 +218,8 @@ class Slots:
 
     def _shrink(self) -> None:
         """Forget adapters that no name and no request means; then the least recently used, down to `kept` bytes."""
-        idle = sorted((v for v in self.inside if v.adapter and not v.resident and not v.fresh), key=lambda v: v.used)
+        idle = sorted((v for v in self.inside if v.adapter and not v.resident and not (v.fresh and v.claims)),
+                      key=lambda v: v.used)
         total = sum(v.info.bytes for v in idle)
         for version in idle:
             named = self.named.get(version.name) is version      # else its folder may hold another content by now
@@ -220,7 +229,7 @@ class Slots:
                 self.inside.discard(version)
 
     def _ask(self, version: Version) -> None:
-        if sum(v.reading or v.fresh for v in self.inside) < READING:
+        if sum(v.reading or v.fresh and v.claims > 0 for v in self.inside) < READING:
             version.reading = True
             self.inside.add(version)
             if self.reader is None:
@@ -230,14 +239,13 @@ class Slots:
 
     def _reads(self) -> None:
         while (version := self.wanted.get()) is not None:
-            with self.lock:
+            with self._changing():
                 try:
                     self._read(version)
                 except Exception as e:
                     version.error = str(e).splitlines()[0] if isinstance(e, UserError) else f"{type(e).__name__} while it was read"
                     self.inside.discard(version)
                 version.reading = False
-            self.wake()
 
     def close(self) -> None:
         """Take everything off the base."""
