@@ -56,6 +56,7 @@ def counted(monkeypatch):
     return calls
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("who", [["a0", "a1", "a2"], ["a1", None, "a0", "a2", "a1", "a1"], [None, "a2", "a2", "a0", "a0"]],
                          ids=["side by side", "apart", "equal shares"])
 @pytest.mark.parametrize("name", GROUPED)
@@ -79,6 +80,7 @@ def test_a_group_is_each_row_alone_in_logits_and_gradients(name, who, counted):
             assert difference(losses(adapters, x, who, token_keys=keys), together) <= EXACT
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", PACKED)
 def test_spans_of_a_packed_row_are_its_documents_alone(name):
     adapters, documents = three(name), [ids(1, n, seed=n) for n in (5, 4, 6, 3)]
@@ -90,6 +92,7 @@ def test_spans_of_a_packed_row_are_its_documents_alone(name):
         assert difference(logits, adapters.model(input_ids=document, adapter_ids=name or (), use_cache=False).logits) <= EXACT
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", [n for n, c in METHOD_CASES.items() if not any(part.edit.virtual for part in c.parts)])
 def test_every_method_beside_others_in_the_spans_of_one_row_is_as_alone(name):
     adapters = attach(tiny("llama", F64))
