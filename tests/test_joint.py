@@ -30,6 +30,7 @@ from tsugiki.errors import UserError
 from tsugiki.train import checkpoint
 from tsugiki.train import joint as joint_module
 from tsugiki.train.failure import Failure
+from tsugiki.train.jobs import Turn
 from tsugiki.train.joint import Joint
 from tsugiki.train.loop import Interrupted
 
@@ -109,7 +110,7 @@ def test_a_fault_in_one_job_stops_it_alone_and_changes_no_bit_of_the_others(seed
         assert same(bits(made)[name], bits(want)[name]), f"{kind} changed {name}"
         assert lines(made)[name] == lines(want)[name]
     if found.step and "disk" not in kind:
-        assert newest(found.out).name == f"step-{found.step:08d}" or "update" in kind
+        assert newest(found.out).name == f"step-{found.step:08d}"
         assert (found.out / "adapter" / "adapter_model.safetensors").is_file()
         assert all(torch.isfinite(t).all() for t in checkpoint.read(checkpoint.newest(found.out / "checkpoints")).tensors.values())
 
@@ -195,13 +196,11 @@ def test_killed_at_any_tick_and_resumed_it_ends_in_the_same_bits(seed, tmp_path)
 
 
 def test_a_failed_job_stays_failed_while_others_go_on_and_is_tried_again_when_they_are_through(tmp_path, monkeypatch):
-    settings = {"steps": 4, "eval_steps": 0}
-    want = alone(draw(5, tmp_path, sure=settings)[0], tmp_path / "alone")
-    jobs = draw(5, tmp_path, sure=settings)
-    assert len(jobs) > 1
-    for job in jobs[1:]:
-        assert job.run.train.steps >= 2
-    put, killed = in_forward(torch.OutOfMemoryError("CUDA out of memory")), None
+    settings = {"steps": 4, "eval_steps": 0, "patience": 0, "keep": "last"}
+    jobs = [dataclasses.replace(job, turn=Turn(), run=dataclasses.replace(job.run, train=dataclasses.replace(
+        job.run.train, **settings))) for job in draw(5, tmp_path, most=4)]
+    want = alone(jobs[0], tmp_path / "alone")
+    put = in_forward(torch.OutOfMemoryError("CUDA out of memory"))
 
     def at(made: Joint) -> None:
         if made.now == 1:
@@ -212,7 +211,7 @@ def test_a_failed_job_stays_failed_while_others_go_on_and_is_tried_again_when_th
         joint(jobs, at=at)
     monkeypatch.undo()
     made = joint(jobs)
-    assert isinstance(made.results["job0"], Failure) and "no memory" in made.results["job0"].reason and killed is None
+    assert isinstance(made.results["job0"], Failure) and "no memory" in made.results["job0"].reason
     assert len(bits(made)) == len(jobs) - 1
     again = joint(jobs)
     assert max(difference(bits(again)["job0"][k], want[k]) for k in want) <= EXACT, "from the step it stood at, in its folder"

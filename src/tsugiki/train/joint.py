@@ -308,9 +308,10 @@ class Joint:
             self._fail(job, bare(e))
 
     def _fail(self, job: Running, error: Exception, broken: bool = False) -> None:
-        """Stop one job; its last good state stays in its folder. broken: an update of it went wrong half-way."""
+        """Stop one job; its last good state stays in its folder: that in memory, or if it is `broken` that of the checkpoint."""
         reason, step = reason_of(error), job.steps.progress.step if job.steps else 0
         try:
+            broken = broken or not all(bool(torch.isfinite(p).all()) for p in job.it.params.values())
             if step and (not broken or self._restore(job)):
                 job.steps.save()
                 job.it.save()
