@@ -21,7 +21,7 @@ VARIANTS = METHOD_CASES | {
     "lora-regex": LoRA(rank=3, targets=r"\.1\..*(down|c_proj|fc2|4h_to_h|fc_out|o_proj)"), "bitfit-o": BitFit(targets=("o",))}
 
 
-@pytest.mark.share(3)
+@pytest.mark.share(5)
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_saving_and_loading_is_the_identity(kind, variant, tmp_path):

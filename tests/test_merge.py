@@ -25,6 +25,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.share(3)
 @family
 @pytest.mark.parametrize("name", MERGEABLE)
 def test_the_merged_base_equals_the_adapter_and_unmerging_restores_every_bit(kind, name):

@@ -113,7 +113,7 @@ def peft_logits(model, x):
         return model.eval()(input_ids=x, attention_mask=torch.ones_like(x)).logits[:, -x.shape[1]:]
 
 
-@pytest.mark.share(3)
+@pytest.mark.share(6)
 @family
 @pytest.mark.parametrize("name", ["lora", "rslora", "all-linear", "regex", "head", "ranks", "lora-bias", "dora", "adalora", "vera",
                                   "prompt", "prefix", "ptuning", "encoded prefix", "ia3", "ia3-outputs", "ia3-regex", "loha",
@@ -144,7 +144,7 @@ def test_peft_to_us_and_back(kind, overrides, name, tmp_path):
     assert attach(tiny(kind, **overrides)).load("b", tmp_path / "ours").cfg == adapters.get("a").cfg
 
 
-@pytest.mark.share(3)
+@pytest.mark.share(6)
 @family
 @pytest.mark.parametrize("name", [n for n, c in METHOD_CASES.items() if c.peft])
 def test_what_we_train_peft_reads(kind, overrides, name, tmp_path):

@@ -116,7 +116,7 @@ def test_every_family_computes_with_the_dequantised_weights_and_every_adapter_si
         assert difference(mixed[:-1], model(x, adapter_ids=()).logits[:-1]) > 1e-3
 
 
-@pytest.mark.share(3)
+@pytest.mark.share(5)
 @widths
 @kinds
 @names
@@ -264,7 +264,7 @@ def test_a_merge_into_few_bits_is_refused_and_changes_nothing(name, kind, bits, 
         put(model.get_submodule(adapters.get(name).edits[next(iter(adapters.get(name).edits))][0].module), torch.zeros(1), None)
 
 
-@pytest.mark.share(3)
+@pytest.mark.share(5)
 @widths
 @kinds
 @names
