@@ -235,6 +235,19 @@ def test_a_job_added_when_it_goes_on_is_as_one_added_at_that_tick(tmp_path):
     assert everything(joint([*first, more])) == want
 
 
+def test_what_a_kill_before_the_first_checkpoint_left_is_gone_on_from(tmp_path, monkeypatch):
+    jobs = draw(3, tmp_path / "run", most=2)
+    want = everything(joint(draw(3, tmp_path / "whole", most=2)))
+    def kill(*args):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m:                  # as soon as the first job's folder is there
+        m.setattr(sys.modules["tsugiki.train.joint"], "Running", kill)
+        with pytest.raises(KeyboardInterrupt):
+            joint(jobs)
+    assert (Path(jobs[0].run.out) / "run.yaml").is_file()
+    assert everything(joint(jobs)) == want
+
+
 def test_a_job_taken_out_of_the_list_is_dropped_and_its_folder_stays(tmp_path):
     jobs = draw(3, tmp_path, most=4)
     at, killed = stop_at(1)

@@ -132,6 +132,7 @@ def test_full_fine_tuning_of_the_experts_alone(kind):
     assert all(float(p.grad.abs().max()) > 0 for p in chosen.values())
 
 
+@pytest.mark.share(3)
 @kinds
 @pytest.mark.parametrize("cfg", [LoRA(rank=3), Full(params=r"\.experts\.")], ids=["lora", "experts"])
 def test_a_plan_counts_the_experts_a_token_passes(kind, cfg, tmp_path):

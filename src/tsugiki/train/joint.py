@@ -96,6 +96,7 @@ class Joint:
             if name in self.adapters.names():
                 self.adapters.remove(name)
             raise
+        self.root.mkdir(parents=True, exist_ok=True)  # before the job's own: a kill leaves what `_check` knows
         claim(Path(cfg.out), cfg, rows.fingerprint)
         begun = entry is not None and entry["status"] == "live" and entry["begun"]
         self.jobs[name] = Running(job, it, (entry["progress"], self.held.take(f"{name}/")) if begun else None, begun)
