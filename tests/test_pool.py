@@ -1,12 +1,16 @@
 """One token a row under many LoRAs, computed as two products: each row as alone, whatever came, left, or changed."""
 from __future__ import annotations
 
+import copy
+import threading
+
 import pytest
 import torch
 from tiny import EXACT, difference, fill, ids, tiny
 
 from tsugiki.adapters import attach
 from tsugiki.methods import LoRA
+from tsugiki.pool import Plan
 
 F64 = torch.float64
 
@@ -21,7 +25,7 @@ def model():
 
 
 def pools(model) -> list:
-    return [tap.pools.pool for tap in model.adapters._taps.values() if tap.pools.pool is not None]
+    return [pool for tap in model.adapters._taps.values() if (pool := tap.pools.mine[1]) is not None]
 
 
 @torch.no_grad()
@@ -91,3 +95,35 @@ def test_lora_beside_other_methods_weights_and_stacks_is_as_alone(model):
     check(model, ["l0", "dora", "l1", "series", None, "bitfit", "l0"])
     check(model, [("l0", "l1"), "l2", {"l1": 0.5}, "l3"])
     check(model, [{"l1": 0.5}, "l2", "l3", {"l2": 0.25}])
+
+
+def test_two_threads_that_decode_at_once_never_use_each_others_factors(model, monkeypatch):
+    """The second one decodes under other adapters between the first one's plan and its products, at every site."""
+    plain, first, failed = Plan.run, threading.get_ident(), []
+
+    def other():
+        try:
+            check(model, ["l2", "l3"])
+        except BaseException as e:
+            failed.append(e)
+
+    def run(plan, x, y):
+        if threading.get_ident() == first:
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+        return plain(plan, x, y)
+    monkeypatch.setattr(Plan, "run", run)
+    check(model, ["l0", "l1"])
+    check(model, ["l0", "l1"])
+    assert not failed
+
+
+def test_a_copy_of_a_model_that_decoded_is_independent(model):
+    check(model, ["l0", "l1", "l2"])
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.adapters.get("l1").parameters().values():
+            p.mul_(-2.0)
+    check(other, ["l0", "l1", "l2"])
+    check(model, ["l0", "l1", "l2"])

@@ -89,13 +89,10 @@ def run(parts: Sequence[Part], stack: Edit, x: Tensor | None, t: Tensor, ctx: Co
     return new if ctx.axis == 0 else new[None]
 
 
-def stacked(edits: Sequence[Edit], dtype: torch.dtype | None = None) -> Edit:
-    """One edit with the tensors of several that are alike: a matrix (a, b) becomes (n, a, b), a vector (a,) (n, 1, a), smaller
-    ones filled up with zeros; numbers in `scalars` (n, 1, 1). dtype: what they are cast to, for use without gradients."""
-    return _stacked(edits, dtype)
-
-
-def _stacked(modules: Sequence[nn.Module], dtype: torch.dtype | None) -> nn.Module:
+def stacked(modules: Sequence[nn.Module], dtype: torch.dtype | None = None) -> nn.Module:
+    """One edit (or part of one) with the tensors of several that are alike: a matrix (a, b) becomes (n, a, b), a vector (a,)
+    (n, 1, a), smaller ones filled up with zeros; numbers in `scalars` (n, 1, 1). dtype: what they are cast to, for use without
+    gradients."""
     first = modules[0]
     new = object.__new__(type(first))
     nn.Module.__init__(new)
@@ -113,7 +110,7 @@ def _stacked(modules: Sequence[nn.Module], dtype: torch.dtype | None) -> nn.Modu
         same = tensor is None or name == "salt"
         new.__dict__[name] = tensor if same else _stack([getattr(m, name) for m in modules], dtype)
     for name, child in first._modules.items():
-        new._modules[name] = _stacked([m._modules[name] for m in modules], dtype) if child is not None else None
+        new._modules[name] = stacked([m._modules[name] for m in modules], dtype) if child is not None else None
     return new
 
 
@@ -151,6 +148,9 @@ class Stacks:
 
     def __init__(self) -> None:
         self.kept: dict[tuple, _Kept] = {}
+
+    def __deepcopy__(self, memo: dict) -> Stacks:
+        return Stacks()                               # of a copied model: its edits are others
 
     def forget(self, edit: Edit) -> None:
         for key in [key for key in tuple(self.kept) if id(edit) in key]:

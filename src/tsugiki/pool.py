@@ -3,11 +3,13 @@
 With A the A's of n adapters above each other, (n * r, in), and B their B's beside each other, (out, n * r), a row's change is
 B (own * s * (A x)), where `own` leaves of the n * r numbers those of the row's own adapter. That is n times the work of each
 row's own product, and yet less time, as long as there are few rows: see benchmarks/serve_speed.py. A change of the
-batch's adapters copies the factors of those that came; the others keep their places.
+batch's adapters copies the factors of those that came; the others keep their places. A pool is one thread's: another one that
+decodes makes its own, so nobody's factors change under his products.
 """
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -41,7 +43,7 @@ class Pool:
             return None
         new = [e for e in edits if e not in self.at or e not in known and self.at[e][1] != state(holders(e))]
         if new:
-            for edit in [e for e in self.at if e in new or len(new) + len(self.at) > self.size and e not in edits]:
+            for edit in [e for e in tuple(self.at) if e in new or len(new) + len(self.at) > self.size and e not in edits]:
                 del self.at[edit]
             free = sorted({*range(self.size)} - {place for place, _ in self.at.values()})
             if not all(self._put(place, edit) for place, edit in zip(free, new, strict=False)):
@@ -75,9 +77,11 @@ def state(of: Iterable[tuple[dict, str]]) -> tuple:
 @dataclass(frozen=True)
 class Plan:
     """What a site does in a forward whose rows have these adapters: it holds from step to step."""
+    thread: int                                       # whose it is
     rows: tuple[Stack, ...]
     dtype: torch.dtype
-    edits: tuple[Edit, ...]                           # those in the pool
+    names: tuple[str, ...]                            # the adapters in the pool,
+    edits: tuple[Edit, ...]                           # and what they are here
     holders: tuple[tuple[dict, str], ...]             # where their numbers are from
     state: tuple
     pool: Pool | None                                 # None: nothing here is computed so
@@ -93,19 +97,20 @@ class Pools:
     """A site's pool and its plan for the batch that is being decoded."""
 
     def __init__(self) -> None:
-        self.pool: Pool | None = None
+        self.mine: tuple[int, Pool | None] = 0, None  # the thread that decoded last, and its pool
         self.plan: Plan | None = None
 
     def forget(self, edit: Edit) -> None:
         """An edit is no more at this site."""
         self.plan = None
-        if self.pool is not None:
-            self.pool.at.pop(edit, None)
+        if self.mine[1] is not None:
+            self.mine[1].at.pop(edit, None)
 
     def of(self, edits: Mapping[str, Edit], level: Level, t: Tensor, ctx: Context) -> Plan:
         """The plan for a level of the route, one token a row. t: the site's output, (B, 1, D)."""
-        plan = self.plan
-        same = plan is not None and plan.state == state(plan.holders)
+        plan, thread = self.plan, threading.get_ident()
+        same = plan is not None and plan.thread == thread and plan.state == state(plan.holders) \
+            and all(edits.get(name) is edit for name, edit in zip(plan.names, plan.edits, strict=True))
         if not same or plan.rows != ctx.rows or plan.dtype != t.dtype:
             plan = self.plan = self._made(edits, level, t, ctx, plan.edits if same else ())
         return plan
@@ -113,23 +118,23 @@ class Pools:
     def _made(self, edits: Mapping[str, Edit], level: Level, t: Tensor, ctx: Context, known: Container[Edit]) -> Plan:
         low = {name: edits[name] for name, rows, weight in level
                if rows is not None and weight == 1.0 and name in edits and edits[name].factors() is not None}
-        chosen = tuple(low.values())
+        chosen, thread = tuple(low.values()), threading.get_ident()
         if len(chosen) >= FEWEST:
-            fits = self.pool is not None and self.pool.a.dtype == t.dtype
-            places = self.pool.places(chosen, known) if fits else None
+            owner, pool = self.mine
+            fits = pool is not None and owner == thread and pool.a.dtype == t.dtype
+            places = pool.places(chosen, known) if fits else None
             if places is None:
-                self.pool = Pool(chosen, t.dtype)
-                places = self.pool.places(chosen, ())
-            if places is None:                        # numbers that are not finite: each by itself
-                self.pool = None
-            else:
-                key = ("others", *places, *low, self.pool.size, self.pool.rank)
+                pool = Pool(chosen, t.dtype)
+                places = pool.places(chosen, ())
+            self.mine = thread, None if places is None else pool
+            if places is not None:                    # else numbers that are not finite: each by itself
+                key = ("others", *places, *low, pool.size, pool.rank)
                 if key not in ctx.scratch:
-                    ctx.scratch[key] = _others(ctx.rows, dict(zip(low, places, strict=True)), self.pool, t.device)
+                    ctx.scratch[key] = _others(ctx.rows, dict(zip(low, places, strict=True)), pool, t.device)
                 of = tuple(holder for edit in chosen for holder in holders(edit))
-                return Plan(ctx.rows, t.dtype, chosen, of, state(of), self.pool, ctx.scratch[key],
+                return Plan(thread, ctx.rows, t.dtype, tuple(low), chosen, of, state(of), pool, ctx.scratch[key],
                             tuple(part for part in level if part[0] not in low or part[2] != 1.0))
-        return Plan(ctx.rows, t.dtype, (), (), state(()), None, None, level)
+        return Plan(thread, ctx.rows, t.dtype, (), (), (), state(()), None, None, level)
 
 
 def _others(rows: Sequence[Stack], places: Mapping[str, int], pool: Pool, device: torch.device) -> Tensor:
