@@ -124,8 +124,9 @@ def test_it_is_built_once_and_only_where_nobody_else_can_write(built, monkeypatc
     assert native.library() is not None and file.stat().st_mtime_ns == when
     built.chmod(0o777)
     native.library.cache_clear()
-    monkeypatch.setattr(native.tempfile, "mkdtemp", lambda prefix: str(built.parent))
-    assert native.library() is not None and (built.parent / file.name).exists()
+    monkeypatch.setattr(native.tempfile, "tempdir", str(built.parent / "temp"))
+    (built.parent / "temp").mkdir()
+    assert native.library() is not None and not list((built.parent / "temp").iterdir()) and [file] == list(built.iterdir())
     for name, value in (("TSUGIKI_NATIVE", "off"), ("PATH", str(built.parent))):
         with monkeypatch.context() as m:
             m.setenv(name, value)

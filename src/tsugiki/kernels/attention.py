@@ -115,7 +115,7 @@ def documents(query: Tensor, key: Tensor, value: Tensor, ends: Tensor | None, sc
     kv, d, lengths = key.shape[1], value.shape[3], _lengths(query, ends)
     q, k, v = _tokens(query), _tokens(key), _tokens(value)
     out = q.new_empty(*q.shape[:2], d)
-    fast = native.takes(q, v, lengths)
+    fast = native.takes(q, v, lengths, scale)
     if fast:
         native.forward(q, k, v, out, lengths, scale)
     for group in () if fast else groups(lengths, q.shape[1]):
@@ -140,7 +140,7 @@ def documents_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, 
     kv, lengths = key.shape[1], _lengths(query, ends)
     q, k, v, do = _tokens(query), _tokens(key), _tokens(value), grad.reshape(-1, *grad.shape[2:])
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
-    fast = native.takes(q, v, lengths)
+    fast = native.takes(q, v, lengths, scale)
     if fast:
         native.backward(q, k, v, do, (dq, dk, dv), lengths, scale)
     for group in () if fast else groups(lengths, q.shape[1]):

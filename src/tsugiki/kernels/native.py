@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -25,9 +25,9 @@ LONGEST, WIDEST = 8192, 256                           # tokens of a document, nu
 CLOSE = 0.02                                          # of the plain twin, relatively, in bfloat16
 
 
-def takes(query: Tensor, value: Tensor, lengths: Sequence[int]) -> bool:
+def takes(query: Tensor, value: Tensor, lengths: Sequence[int], scale: float) -> bool:
     """Whether the compiled kernel computes this. query (tokens, H, D), value (tokens, K, D)."""
-    return query.dtype == value.dtype == torch.bfloat16 and query.device.type == "cpu" \
+    return scale > 0 and query.dtype == value.dtype == torch.bfloat16 and query.device.type == "cpu" \
         and query.shape[2] == value.shape[2] <= WIDEST and max(lengths) <= LONGEST and library() is not None
 
 
@@ -65,7 +65,7 @@ def library() -> ctypes.CDLL | None:
     if not {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"} <= set(flags.split()):
         return None
     try:
-        lib = ctypes.CDLL(str(_built(gcc, flags)))
+        lib = _loaded(gcc, flags)
     except (OSError, subprocess.SubprocessError):
         return None
     return lib if lib.documents_init() and _agrees(lib) else None
@@ -80,32 +80,32 @@ def processor() -> str:
         return ""
 
 
-def _built(gcc: str, flags: str) -> Path:
-    """The library's file, of this source, compiler and processor. A new one appears whole or not at all."""
+def _loaded(gcc: str, flags: str) -> ctypes.CDLL:
+    """The library of this source, compiler and processor: the kept one, else a new one; for this process alone where none can be
+    kept."""
     version = subprocess.run([gcc, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
     key = hashlib.sha256("\0".join((SOURCE.read_text(encoding="utf-8"), version, flags, *FLAGS)).encode()).hexdigest()[:24]
-    for folder in (_kept(), lambda: Path(tempfile.mkdtemp(prefix="tsugiki-"))):
-        try:
-            return _build(gcc, folder() / f"documents-{key}.so")
-        except OSError:
-            continue
-    raise OSError("no folder to build in")
+    name = f"documents-{key}.so"
+    try:
+        return ctypes.CDLL(str(_build(gcc, _kept() / name)))
+    except OSError:
+        with tempfile.TemporaryDirectory(prefix="tsugiki-") as folder:
+            return ctypes.CDLL(str(_build(gcc, Path(folder) / name)))         # it stays loaded without its file
 
 
-def _kept() -> Callable[[], Path]:
-    """The cache folder, if nobody else can write there."""
-    def folder() -> Path:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        path = Path(os.environ.get("TSUGIKI_CACHE") or Path(home) / "tsugiki")
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        stat = path.stat()
-        if stat.st_uid != os.getuid() or stat.st_mode & 0o022:
-            raise OSError(f"{path} can be written by others")
-        return path
-    return folder
+def _kept() -> Path:
+    """The cache folder. Raises OSError if others can write there."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = Path(os.environ.get("TSUGIKI_CACHE") or Path(home) / "tsugiki")
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    stat = path.stat()
+    if stat.st_uid != os.getuid() or stat.st_mode & 0o022:
+        raise OSError(f"{path} can be written by others")
+    return path
 
 
 def _build(gcc: str, path: Path) -> Path:
+    """The file, built if it is not there; a new one appears whole or not at all."""
     if not path.exists():
         made = path.with_name(f"{path.name}.{os.getpid()}")
         try:
