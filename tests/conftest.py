@@ -1,7 +1,9 @@
-"""A part of the largest products of methods and families in a usual run, all of them with TSUGIKI_TESTS=all."""
+"""A part of the largest products of methods and families in a usual run, all of them with TSUGIKI_TESTS=all; a fixture."""
 from __future__ import annotations
 
 import os
+
+import pytest
 
 
 def pytest_collection_modifyitems(config, items):
@@ -18,3 +20,12 @@ def pytest_collection_modifyitems(config, items):
         gone = set(left_out)
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in gone]
+
+
+@pytest.fixture
+def engines():
+    """Makes serving engines (tests/serving.py), which are stopped at the end, whatever happened."""
+    made = []
+    yield lambda served, *names, **options: made.append(served.engine(*names, **options)) or made[-1]
+    for engine in made:
+        engine.stop(drain=False)

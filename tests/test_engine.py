@@ -38,15 +38,6 @@ def llama(tmp_path_factory):
     return serve(tmp_path_factory.mktemp("llama"))
 
 
-@pytest.fixture
-def engines():
-    """Engines that are stopped at the end, whatever happened."""
-    made = []
-    yield lambda served, *names, **options: made.append(served.engine(*names, **options)) or made[-1]
-    for engine in made:
-        engine.stop(drain=False)
-
-
 def finish(streams) -> list[list[int]]:
     return [list(stream.result(LONG).ids) for stream in streams]
 

@@ -46,14 +46,6 @@ def sixteen(tmp_path_factory):
     return served
 
 
-@pytest.fixture
-def engines():
-    made = []
-    yield lambda served, *names, **options: made.append(served.engine(*names, **options)) or made[-1]
-    for engine in made:
-        engine.stop(drain=False)
-
-
 def traffic(engine: Engine, served, clients: int, requests: int, meaning=()) -> int:
     """How many of the answers to `clients` threads were not those of the adapter that was asked. meaning: names that stand
     for another's folder."""
