@@ -151,7 +151,7 @@ def full_disk(made: Joint, name: str, patch) -> None:
 
 # kind -> (how it is put in, what the reason says, whether the tick is taken with it)
 FAULTS = {
-    "weights that are not finite": (bad_weights, "not finite in", False),
+    "weights that are not finite": (bad_weights, "not finite in|weights are not finite", False),
     "a row that is not finite": (bad_token, r"loss is not finite in .*job0\.jsonl:\d", False),
     "a gradient that is not finite": (bad_gradient, r"gradient of .* is not finite", False),
     "out of memory in its forward": (in_forward(torch.OutOfMemoryError("CUDA out of memory")), "no memory for a row of", False),

@@ -98,7 +98,7 @@ def test_a_fault_in_one_job_stops_it_alone_and_changes_no_bit_of_the_others(seed
     assert isinstance(found, Failure) and re.search(reason, found.reason) and "\n" not in found.reason, found
     others = [name for name in made.results if name != "job0"]
     assert others and not any(isinstance(made.results[name], Failure) for name in others)
-    gone = []
+    gone, with_it = [], with_it or "its weights" in found.reason           # found as a tick without it was saved
 
     def at(made: Joint) -> None:
         if made.now >= tick + with_it and not gone:
@@ -233,6 +233,16 @@ def test_a_job_added_when_it_goes_on_is_as_one_added_at_that_tick(tmp_path):
     with pytest.raises(killed):
         joint(first, at=at)
     assert everything(joint([*first, more])) == want
+
+
+def test_a_checkpoint_that_a_kill_left_too_many_is_pruned_when_it_goes_on(tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, "prune", lambda root, keep: None)          # as if killed before it, at the last save of all
+        made = joint(draw(3, tmp_path, most=2))
+    root = Path(made.out) / "checkpoints"
+    assert len(list(root.glob("step-*"))) > 1
+    joint(draw(3, tmp_path, most=2))
+    assert len(list(root.glob("step-*"))) == 1
 
 
 def test_what_a_kill_before_the_first_checkpoint_left_is_gone_on_from(tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def _operation(about: str, answers: dict[int, tuple[str, dict]], body: dict | No
 @lru_cache(1)
 def document(limits: schema.Limits) -> dict:
     """OpenAPI 3.1. Its request bodies are `schema`'s, with this server's limits."""
-    streamed = _json(ANSWER) | {"text/event-stream": {"schema": TEXT}}
+    streamed = _json(ANSWER) | {"text/event-stream": {}}        # events, which JSON Schema does not describe
     busy = (401, 403, 404, 429, 500, 503, 504)
     adapters = {"type": "object", "properties": {"adapters": {"type": "array", "items": ADAPTER}}}
     models = {"type": "object", "required": ["object", "data"], "properties": {"data": {"type": "array", "items": MODEL}}}

@@ -48,6 +48,8 @@ class Joint:
         self.state = newest.state if newest else {"tick": 0, "accounts": {}, "forward": 0, "jobs": {}}
         self.saves = newest.step if newest else 0     # each has a number of its own: none takes another's place
         self.held = checkpoints.read(newest) if newest else None
+        if newest:
+            checkpoints.prune(self.root, self.state["keep"])      # a kill may have come between a save and that
         self.now: int = self.state["tick"]
         self.forward: int = self.state["forward"]     # tokens of a forward; less once memory ran out
         self.turns = Turns(self.state["accounts"])
@@ -312,7 +314,7 @@ class Joint:
         """Stop one job; its last good state stays in its folder: that in memory, or if it is `broken` that of the checkpoint."""
         reason, step = reason_of(error), job.steps.progress.step if job.steps else 0
         try:
-            broken = broken or not all(bool(torch.isfinite(p).all()) for p in job.it.params.values())
+            broken = broken or not job.finite
             if step and (not broken or self._restore(job)):
                 job.steps.save()
                 job.it.save()
@@ -356,6 +358,8 @@ class Joint:
 
     def save(self) -> None:
         """One checkpoint of everything that is unfinished, exact to the bit, and what is known of the rest."""
+        for job in [j for j in self.jobs.values() if j.begun and not j.finite]:      # the last good state is not written over
+            self._fail(job, RunError(f"step {job.steps.progress.step + 1}: its weights are not finite"), broken=True)
         params, best, buffers, moments = {}, {}, {}, {}
         entries: dict[str, dict] = {}
         for name, job in self.jobs.items():
@@ -375,7 +379,7 @@ class Joint:
             elif result.begun:                        # what was wrong at the start may be right the next time
                 entries[name] = {"status": "failed", "reason": result.reason, "steps": result.step}
         keep = max((job.cfg.run.train.save_keep for job in self.jobs.values()), default=1)
-        state = {"tick": self.now, "accounts": self.turns.accounts, "forward": self.forward, "jobs": entries}
+        state = {"tick": self.now, "accounts": self.turns.accounts, "forward": self.forward, "keep": keep, "jobs": entries}
         self.saves += 1
         checkpoints.save(self.root, self.saves, params, SimpleNamespace(state=moments), state, keep, best, buffers)
         self._changed, self._saved_at = False, time.monotonic()

@@ -45,6 +45,10 @@ class Running:
         return self._next[1]
 
     @property
+    def finite(self) -> bool:
+        return all(bool(torch.isfinite(p).all()) for p in self.it.params.values())
+
+    @property
     def cost(self) -> int:
         """Tokens of its next step."""
         return self.rows and self._next[2]
