@@ -1,6 +1,7 @@
 """A fork server: imports once, then trains in forked children that it kills with SIGKILL, and compares what they leave.
 
-Usage: kill_server.py FOLDER RUNS [joint]. Prints one JSON line: runs, kills, in_saves (kills inside a save), identical.
+Usage: kill_server.py FOLDER RUNS [joint]. Makes RUNS runs, and more while there are fewer than two kills a run, for a kill may
+come after the end. Prints one JSON line: runs, kills, in_saves (kills inside a save), identical.
 """
 from __future__ import annotations
 
@@ -103,8 +104,9 @@ def main(folder: Path, runs: int) -> None:
     rng = random.Random()
     total, save = finish(folder / "whole")
     want = left(folder / "whole")
-    found = {"runs": runs, "kills": 0, "in_saves": 0, "identical": 0, "seconds": round(total, 2), "save": round(save, 4)}
-    for n in range(runs):
+    found = {"runs": 0, "kills": 0, "in_saves": 0, "identical": 0, "seconds": round(total, 2), "save": round(save, 4)}
+    while (n := found["runs"]) < runs or n < 4 * runs and found["kills"] < 2 * runs:
+        found["runs"] += 1
         out = folder / f"run-{n}"
         for k in range(rng.randint(3, 6)):
             how = kill_once(out, rng, (n + k) % 2 == 0, total, save)

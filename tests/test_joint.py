@@ -326,7 +326,7 @@ def test_joint_runs_killed_at_random_moments_end_in_the_same_bits(tmp_path):
     done = subprocess.run([sys.executable, str(script), str(tmp_path), "2", "joint"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report["identical"] == 2 and report["kills"] >= 3, report
+    assert report["identical"] == report["runs"] >= 2 and report["kills"] >= 4, report
 
 
 # The base and the folder

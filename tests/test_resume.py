@@ -184,7 +184,7 @@ def test_twenty_runs_killed_at_random_moments_end_in_the_same_bits(tmp_path):
     done = subprocess.run([sys.executable, str(script), str(tmp_path), "20"], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report["identical"] == 20 and report["runs"] == 20, report
+    assert report["identical"] == report["runs"] >= 20, report
     assert report["kills"] >= 40 and report["in_saves"] >= 8, report
     print(report)
 

@@ -500,8 +500,11 @@ def test_the_openapi_document_is_valid_and_names_every_route(open_server):
     for operations in made["paths"].values():
         for operation in operations.values():
             for part in [operation.get("requestBody", {"content": {}}), *operation["responses"].values()]:
-                for content in part["content"].values():
-                    schemas.Draft202012Validator(content["schema"])
+                for media, content in part["content"].items():
+                    if media == "text/event-stream":                         # which JSON Schema does not describe
+                        assert content == {}
+                    else:
+                        schemas.Draft202012Validator(content["schema"])
 
 
 def test_bodies_are_checked_as_the_document_says(open_server):
