@@ -15,8 +15,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from tsugiki.kernels import native
+from tsugiki.kernels import documents as kernel
 from tsugiki.kernels.attention import documents
+from tsugiki.kernels.native import processor
 
 SHAPES = [(9, 3, 64), (14, 2, 64), (32, 8, 64)]        # heads, key heads, width: SmolLM2-135M, Qwen2.5-0.5B, Llama-3.2-1B
 LENGTHS = (64, 174, 512)                               # tokens of a document on average; they vary by half of it
@@ -42,8 +43,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--calls", type=int, default=9)
     args = parser.parse_args()
-    compiled = native.library()
-    print(f"{torch.get_num_threads()} threads, {'AMX' if 'amx_bf16' in native.processor() else 'no AMX'}; forward + backward, ms")
+    compiled = kernel.works()
+    print(f"{torch.get_num_threads()} threads, {'AMX' if 'amx_bf16' in processor() else 'no AMX'}; forward + backward, ms")
     print("| heads, key heads, width | tokens a document | compiled | products | torch | times as fast |\n" + "|---" * 6 + "|")
     g = torch.Generator().manual_seed(0)
     for heads, kv, width in SHAPES:
@@ -56,13 +57,13 @@ def main() -> None:
 
             def by_document(q, k, v, ends=ends):
                 return documents(q, k, v, ends, q.shape[-1] ** -0.5)
-            sides = {"products": (by_document, None), "torch": (lambda *t, n=lengths: torchs(*t, n), None)}
-            sides = ({"compiled": (by_document, compiled)} if compiled else {}) | sides
+            sides = {"products": (by_document, False), "torch": (lambda *t, n=lengths: torchs(*t, n), False)}
+            sides = ({"compiled": (by_document, True)} if compiled else {}) | sides
             times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
             for call in range(args.calls + 1):
                 found = {}
-                for name, (side, lib) in sides.items():
-                    native.library = lambda lib=lib: lib           # what `documents` asks whether it is there
+                for name, (side, there) in sides.items():
+                    kernel.works = lambda there=there: there       # what `documents` asks
                     forward, backward, found[name] = timed(side, given, grad)
                     times[name] += [(forward, backward)] * (call > 0)
             for made in found.values():

@@ -30,7 +30,7 @@ from tsugiki.data.render import Example
 from tsugiki.memory import keep_freed_memory
 from tsugiki.methods import make
 from tsugiki.train.fitting import overhead
-from tsugiki.train.layout import attention
+from tsugiki.train.layout import quick
 from tsugiki.train.loop import Job
 from tsugiki.train.optim import adamw
 from tsugiki.train.run import freeze_but, layers_of, route_of
@@ -97,7 +97,7 @@ def measure(shape: str, rows: int, args: argparse.Namespace) -> dict:
     base = model_of(shape, dtype).to(args.device)
     one, many = Side(copy.deepcopy(base), args, rows), Side(base, args, rows)
     everyone, alone, together, worst = list(range(args.jobs)), [], [], 0.0
-    with attention(one.model, True), attention(many.model, True):
+    with quick(one.model, True), quick(many.model, True):
         for step in range(args.warmup + args.rounds):
             losses: dict[bool, list[float]] = {}
             for joint in (step % 2 == 0, step % 2 == 1):

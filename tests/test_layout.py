@@ -31,13 +31,13 @@ GRAPH: dict[str, set[str]] = {
     "load": {"errors", "weights"},
     "sites": {"errors", "patterns", "weights"},
     "core": {"errors", "sites", "weights"},
+    "kernels": set(),                                 # faster equals of slow things
     "formats.spec": set(),                            # what a method declares about its form on disk: data only
-    "methods": {"core", "errors", "formats.spec", "patterns", "sites", "weights"},
+    "methods": {"core", "errors", "formats.spec", "kernels", "patterns", "sites", "weights"},
     "combine": {"core", "errors", "methods", "sites", "weights"},
     "formats": {"core", "errors", "formats.spec", "load", "methods", "patterns", "sites", "weights"},
     "data": {"errors"},
     "config": {"data", "errors"},
-    "kernels": set(),                                 # faster equals of slow things
     "train.loss": {"core", "data", "kernels"},                # the trainer's and the evaluator's
     "evaluate": {"config", "core", "data", "errors", "kernels", "load", "memory", "train.loss"},
     "train": {"config", "core", "data", "errors", "evaluate", "formats", "kernels", "load", "memory", "methods", "sites",

@@ -2,7 +2,7 @@
 
 On a CPU torch's fused kernel is slow, backward most of all; here documents of like length go through batched matrix products
 (AMX or AVX512 do those well), in blocks of queries, and backward makes the scores again, so that nothing quadratic is kept.
-In bfloat16 native.py's compiled kernel does the same without writing scores to memory, where it can be built.
+In bfloat16 documents.py's compiled kernel does the same without writing scores to memory, where it can be built.
 On CUDA it is torch's variable-length kernel. Models take it as an attention implementation of transformers, by name.
 """
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from tsugiki.kernels import native
+from tsugiki.kernels import documents as compiled
 
 NAME = "tsugiki_documents"
 SCORES = 1 << 20              # scores computed at once: more would leave the cache
@@ -115,9 +115,9 @@ def documents(query: Tensor, key: Tensor, value: Tensor, ends: Tensor | None, sc
     kv, d, lengths = key.shape[1], value.shape[3], _lengths(query, ends)
     q, k, v = _tokens(query), _tokens(key), _tokens(value)
     out = q.new_empty(*q.shape[:2], d)
-    fast = native.takes(q, v, lengths, scale)
+    fast = compiled.takes(q, v, lengths, scale)
     if fast:
-        native.forward(q, k, v, out, lengths, scale)
+        compiled.forward(q, k, v, out, lengths, scale)
     for group in () if fast else groups(lengths, q.shape[1]):
         qs, ks, vs = (_gather(t, group, kv) for t in (q, k, v))
         ks, vs, made = ks.squeeze(1), vs.squeeze(1), qs.new_empty(*qs.shape[:3], d)
@@ -140,9 +140,9 @@ def documents_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, 
     kv, lengths = key.shape[1], _lengths(query, ends)
     q, k, v, do = _tokens(query), _tokens(key), _tokens(value), grad.reshape(-1, *grad.shape[2:])
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
-    fast = native.takes(q, v, lengths, scale)
+    fast = compiled.takes(q, v, lengths, scale)
     if fast:
-        native.backward(q, k, v, do, (dq, dk, dv), lengths, scale)
+        compiled.backward(q, k, v, do, (dq, dk, dv), lengths, scale)
     for group in () if fast else groups(lengths, q.shape[1]):
         qs, ks, vs, dos = (_gather(t, group, kv) for t in (q, k, v, do))
         if group.real is not None:

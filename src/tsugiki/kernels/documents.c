@@ -1,17 +1,7 @@
 // Causal attention of documents laid end to end, forward and backward, in bfloat16 with sums in float32: attention.py has the
 // plain twin and says what is computed. One task is a document and a head of its keys; its scores never leave the cache.
 // Matrix products run on AMX tiles, or on AVX512-BF16 where there are none. Compiled by native.py, for the machine at hand.
-#include <immintrin.h>
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#ifdef __AMX_BF16__
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
-typedef uint16_t bf16;
+#include "tiles.h"
 #define ROWS 32                                        // queries of one block; every size is filled up to a multiple of it
 #define UP(n) (((n) + ROWS - 1) / ROWS * ROWS)
 
@@ -27,97 +17,6 @@ int documents_init(void) {
 #endif
 }
 
-#ifdef __AMX_BF16__
-static void tiles_on(void) {
-    struct { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; } config = {.palette = 1};
-    for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
-    _tile_loadconfig(&config);
-}
-static void tiles_off(void) { _tile_release(); }
-
-// C (m, n) = or += A (m, k) B; B holds pairs of its rows as words: (k / 2, n). m, n, k: multiples of 32.
-static void product(int m, int n, int k, const bf16 *a, long lda, const uint32_t *b, long ldb, float *c, long ldc, int add) {
-    for (int i = 0; i < m; i += 32)
-        for (int j = 0; j < n; j += 32) {
-            float *to = c + i * ldc + j;
-            if (add) {
-                _tile_loadd(0, to, ldc * 4); _tile_loadd(1, to + 16, ldc * 4);
-                _tile_loadd(2, to + 16 * ldc, ldc * 4); _tile_loadd(3, to + 16 * ldc + 16, ldc * 4);
-            } else {
-                _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-            }
-            for (int l = 0; l < k; l += 32) {
-                _tile_loadd(4, a + i * lda + l, lda * 2); _tile_loadd(5, a + (i + 16) * lda + l, lda * 2);
-                _tile_loadd(6, b + l / 2 * ldb + j, ldb * 4); _tile_loadd(7, b + l / 2 * ldb + j + 16, ldb * 4);
-                _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
-            }
-            _tile_stored(0, to, ldc * 4); _tile_stored(1, to + 16, ldc * 4);
-            _tile_stored(2, to + 16 * ldc, ldc * 4); _tile_stored(3, to + 16 * ldc + 16, ldc * 4);
-        }
-}
-#else
-static void tiles_on(void) {}
-static void tiles_off(void) {}
-
-static void product(int m, int n, int k, const bf16 *a, long lda, const uint32_t *b, long ldb, float *c, long ldc, int add) {
-    for (int i = 0; i < m; i += 8)
-        for (int j = 0; j < n; j += 32) {
-            __m512 sum[8][2];
-            for (int r = 0; r < 8; r++)
-                for (int h = 0; h < 2; h++)
-                    sum[r][h] = add ? _mm512_loadu_ps(c + (i + r) * ldc + j + 16 * h) : _mm512_setzero_ps();
-            for (int l = 0; l < k; l += 2) {
-                __m512bh b0 = (__m512bh)_mm512_loadu_si512(b + l / 2 * ldb + j);
-                __m512bh b1 = (__m512bh)_mm512_loadu_si512(b + l / 2 * ldb + j + 16);
-                for (int r = 0; r < 8; r++) {
-                    int pair;
-                    memcpy(&pair, a + (i + r) * lda + l, 4);
-                    __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-                    sum[r][0] = _mm512_dpbf16_ps(sum[r][0], x, b0);
-                    sum[r][1] = _mm512_dpbf16_ps(sum[r][1], x, b1);
-                }
-            }
-            for (int r = 0; r < 8; r++)
-                for (int h = 0; h < 2; h++) _mm512_storeu_ps(c + (i + r) * ldc + j + 16 * h, sum[r][h]);
-        }
-}
-#endif
-
-// 16 x 16 words, turned.
-static void turn16(const uint32_t *from, long ldf, uint32_t *to, long ldt) {
-    __m512i r[16], t[16];
-    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(from + i * ldf);
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int j = 0; j < 4; j++) {
-        __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
-        __m512i c = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-        _mm512_storeu_si512(to + j * ldt, _mm512_shuffle_i32x4(a, c, 0x88));
-        _mm512_storeu_si512(to + (4 + j) * ldt, _mm512_shuffle_i32x4(b, d, 0x88));
-        _mm512_storeu_si512(to + (8 + j) * ldt, _mm512_shuffle_i32x4(a, c, 0xdd));
-        _mm512_storeu_si512(to + (12 + j) * ldt, _mm512_shuffle_i32x4(b, d, 0xdd));
-    }
-}
-
-static void turn(int rows, int words, const void *from, long ldf, void *to, long ldt) {
-    for (int i = 0; i < rows; i += 16)
-        for (int j = 0; j < words; j += 16)
-            turn16((const uint32_t *)from + i * ldf + j, ldf, (uint32_t *)to + j * ldt + i, ldt);
-}
-
-// Two rows of 16 numbers as 16 words, the first row in the lower halves.
-static __m512i pair(__m256i low, __m256i high) {
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-}
-
-static __m256i rounded(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
-
 // `count` rows of d numbers as (filled, wide), with zeros beyond.
 static void copy(Input from, long first, int head, int count, int filled, int d, int wide, bf16 *to) {
     for (int i = 0; i < filled; i++) {
@@ -126,29 +25,6 @@ static void copy(Input from, long first, int head, int count, int filled, int d,
         memset(to + (long)i * wide + given, 0, 2 * (wide - given));
     }
 }
-
-// Pairs of rows of (rows, wide) as words: (rows / 2, wide).
-static void pairs(int rows, int wide, const bf16 *from, uint32_t *to) {
-    for (int i = 0; i < rows; i += 2)
-        for (int j = 0; j < wide; j += 16)
-            _mm512_storeu_si512(to + (long)i / 2 * wide + j, pair(_mm256_loadu_si256((const void *)(from + (long)i * wide + j)),
-                                _mm256_loadu_si256((const void *)(from + (long)(i + 1) * wide + j))));
-}
-
-// e^x for x <= 0, to float32's rounding; not a number stays none.
-static __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-100.f), x);      // the second operand where there is no order
-    __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), n = _mm512_roundscale_ps(t, 8);
-    __m512 f = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    f = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), f);
-    __m512 p = _mm512_set1_ps(1.3981999507e-3f);
-    const float c[] = {8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f, 1.f, 1.f};
-    p = _mm512_fmadd_ps(_mm512_set1_ps(1.9875691500e-4f), f, p);
-    for (int i = 0; i < 6; i++) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c[i]));
-    return _mm512_scalef_ps(p, n);
-}
-
-static __mmask16 until(int n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1 << n) - 1); }
 
 // The first `seen` of a row of scores become softmax(scale * scores), the rest up to n zeros.
 static void softmax(float *s, int seen, int n, float scale) {

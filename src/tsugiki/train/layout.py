@@ -14,6 +14,7 @@ from tsugiki.data.render import Example
 from tsugiki.errors import UserError
 from tsugiki.kernels.attention import active, by_document
 from tsugiki.kernels.head import LOGITS
+from tsugiki.kernels.passes import single
 from tsugiki.train.loss import takes_positions
 
 # Packing pays where padding would waste more than this share of the tokens: a dense block mask costs about as much.
@@ -23,20 +24,21 @@ WASTE = 0.3
 @contextmanager
 def arranged(model: nn.Module, examples: Sequence[Example], cfg: TrainConfig, virtual: bool,
              mixture: Mixture | None = None) -> Iterator[str]:
-    """The layout of a run. Inside, the model's attention goes by document, where a probe shows that it does what it did.
+    """The layout of a run. Inside, the model is `quick`.
 
     Raises UserError when packing is asked for where it would not be exact.
     """
     pad = cfg.layout == "pad"
-    with attention(model, not (virtual or pad)) as fast:
+    with quick(model, not (virtual or pad)) as fast:
         yield layout_of(examples, cfg, virtual, mixture, fast, virtual or pad or fast or packs(model))
 
 
 @contextmanager
-def attention(model: nn.Module, packed: bool) -> Iterator[bool]:
-    """Inside, the model's attention goes by document, where a probe shows that it does what it did, and if rows are to be
-    `packed` that it isolates them; yields whether."""
+def quick(model: nn.Module, packed: bool) -> Iterator[bool]:
+    """Inside, the model's passes over activations are single ones and its attention goes by document, each where a probe shows
+    that it does what it did, and attention, if rows are to be `packed`, that it isolates them; yields whether attention does."""
     with ExitStack() as stack:
+        stack.enter_context(single(model))
         with by_document(model) as there:
             fast = there and _agrees(model) and (not packed or packs(model))
         if fast:

@@ -16,7 +16,7 @@ from tsugiki.train.checkpoint import Held
 from tsugiki.train.failure import bare
 from tsugiki.train.fitting import Fit, made_again, overhead
 from tsugiki.train.jobs import JobConfig
-from tsugiki.train.layout import attention, layout_of, packs
+from tsugiki.train.layout import layout_of, packs, quick
 from tsugiki.train.loop import MULTIPLE, Job, Steps
 from tsugiki.train.run import Ready, freeze_but, layers_of
 
@@ -117,7 +117,7 @@ def arranged(stack: ExitStack, model: nn.Module, jobs: Mapping[str, Ready], toke
     layers, layouts, refused = layers_of(model), {}, {}
     freeze_but(model, {f"{name}/{n}": p for name, it in jobs.items() for n, p in it.params.items()})
     with attach(model).use(None):
-        fast = stack.enter_context(attention(model, True))
+        fast = stack.enter_context(quick(model, True))
         isolates = fast or packs(model)
     for name, it in jobs.items():
         try:

@@ -1,0 +1,82 @@
+"""y + s B (A x) of a thin A and B in one function that reads every activation once, forward and backward: low_rank.c.
+
+Its plain twin is LoRA's own formula; it serves where this does not.
+"""
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from tsugiki.kernels.native import close, library, pointer, processor
+
+MOST = 64                     # rank: beyond, matrix products are as quick
+BLOCK = 32                    # sides of a product are multiples of it; the rank is filled up
+FEW = 256                     # tokens: below, preparing the factors costs more than is gained
+
+
+def takes(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether `added` computes this. x (..., in), y (..., out), a (r, in), b (out, r)."""
+    return x.dtype is y.dtype is torch.bfloat16 and a.dtype is b.dtype is torch.float32 and a.dim() == 2 and len(a) <= MOST \
+        and x.device.type == "cpu" and x.numel() >= FEW * x.shape[-1] and x.shape[-1] % BLOCK == y.shape[-1] % BLOCK == 0 \
+        and not torch.compiler.is_compiling() and works()
+
+
+def added(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """y + scale * b (a x) in bfloat16, with a, b and a x rounded to it before a product, as in its twin; sums are float32."""
+    return Added.apply(x, y, a, b, scale)
+
+
+class Added(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        x, y, a, b, ctx.scale = x.contiguous(), y.contiguous(), a.contiguous(), b.contiguous(), scale
+        out = torch.empty_like(y)
+        _checked(library().low_rank_forward(*map(pointer, (x, y, a, b, out)), *_sizes(x, a, b, scale)))
+        ctx.save_for_backward(x, a, b)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, a, b = ctx.saved_tensors
+        g, threads, rank = grad.contiguous(), torch.get_num_threads(), len(a)
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        da, db = (torch.zeros(threads, _filled(rank), n) for n in (a.shape[1], b.shape[0]))
+        _checked(library().low_rank_backward(*map(pointer, (g, x, a, b, dx, da, db)), *_sizes(x, a, b, ctx.scale)))
+        return dx, grad, da[:, :rank].sum(0), db[:, :rank].sum(0).t(), None
+
+
+def _filled(rank: int) -> int:
+    return -(-rank // BLOCK) * BLOCK
+
+
+def _sizes(x: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple:
+    width, rank = a.shape[1], len(a)
+    return (*map(ctypes.c_long, (x.numel() // width, width, b.shape[0])), rank, _filled(rank), ctypes.c_float(scale),
+            torch.get_num_threads())
+
+
+def _checked(failed: int) -> None:
+    if failed:
+        raise MemoryError("not enough memory for a low-rank product")
+
+
+@cache
+def works() -> bool:
+    """Whether the kernel is there, with AMX (without, torch's products are as quick), and what it makes of small numbers, forward
+    and backward, is as in float32."""
+    if library() is None or "amx_bf16" not in processor():
+        return False
+    g = torch.Generator().manual_seed(0)
+    x, y, grad = (torch.randn(70, n, generator=g).bfloat16() for n in (96, 32, 32))
+    a, b = torch.randn(3, 96, generator=g), torch.randn(32, 3, generator=g)
+    with torch.enable_grad():
+        leaves = [t.clone().requires_grad_() for t in (x, y, a, b)]
+        made = added(*leaves, 0.5)
+        found = torch.autograd.grad(made, leaves, grad)
+    x, y, grad = x.float(), y.float(), grad.float()
+    wanted = y + 0.5 * x @ a.t() @ b.t(), 0.5 * grad @ b @ a, grad, 0.5 * (grad @ b).t() @ x, 0.5 * grad.t() @ (x @ a.t())
+    return all(close(m.detach(), w) for m, w in zip((made, *found), wanted, strict=True))

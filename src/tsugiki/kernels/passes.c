@@ -1,0 +1,168 @@
+// The passes over activations between a layer's products, each read and written once: passes.py has the plain twins and says what
+// is computed. Numbers are bfloat16 or float32 (`wide`), sums and what lies between a load and a store float32.
+#include "vectors.h"
+
+INLINE __m512 get(const void *at, long i, __mmask16 m, int wide) {
+    if (wide) return _mm512_maskz_loadu_ps(m, (const float *)at + i);
+    return widened(_mm256_maskz_loadu_epi16(m, (const bf16 *)at + i));
+}
+
+INLINE void put(void *at, long i, __mmask16 m, int wide, __m512 x) {
+    if (wide) _mm512_mask_storeu_ps((float *)at + i, m, x);
+    else _mm256_mask_storeu_epi16((bf16 *)at + i, m, rounded(x));
+}
+
+INLINE __m512 as_stored(__m512 x, int wide) { return wide ? x : widened(rounded(x)); }
+
+// RMS norm. y = x / rms(x) (w + offset), x / rms(x) rounded before the product if `inner`. scale: (rows,), 1 / rms.
+
+INLINE void norm_row(const void *x, const void *w, void *y, float *scale, long d, float eps, float offset, int inner, int wide) {
+    __m512 sum = _mm512_setzero_ps();
+    for (long j = 0; j < d; j += 16) {
+        __m512 v = get(x, j, until(d - j), wide);
+        sum = _mm512_fmadd_ps(v, v, sum);
+    }
+    *scale = 1.f / sqrtf(_mm512_reduce_add_ps(sum) / d + eps);
+    __m512 by = _mm512_set1_ps(*scale), more = _mm512_set1_ps(offset);
+    for (long j = 0; j < d; j += 16) {
+        __mmask16 m = until(d - j);
+        __m512 v = _mm512_mul_ps(get(x, j, m, wide), by);
+        if (inner) v = as_stored(v, wide);
+        put(y, j, m, wide, _mm512_mul_ps(v, _mm512_add_ps(get(w, j, m, wide), more)));
+    }
+}
+
+void norm_forward(const void *x, const void *w, void *y, float *scale, long rows, long d, float eps, float offset, int inner,
+                  int wide, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long i = 0; i < rows; i++) {
+        long at = i * d * (wide ? 4 : 2);
+        if (wide) norm_row((const char *)x + at, w, (char *)y + at, scale + i, d, eps, offset, inner, 1);
+        else norm_row((const char *)x + at, w, (char *)y + at, scale + i, d, eps, offset, inner, 0);
+    }
+}
+
+// dx = s (g' - x^ mean(g' x^)), x^ = s x, g' = g (w + offset); dw, if there is one, += g x^.
+INLINE void norm_row_back(const void *g, const void *x, const void *w, void *dx, float *dw, float scale, long d, float offset,
+                          int wide) {
+    __m512 sum = _mm512_setzero_ps(), by = _mm512_set1_ps(scale), more = _mm512_set1_ps(offset);
+    for (long j = 0; j < d; j += 16) {
+        __mmask16 m = until(d - j);
+        __m512 given = get(g, j, m, wide), v = _mm512_mul_ps(get(x, j, m, wide), by);
+        if (dw) _mm512_mask_storeu_ps(dw + j, m, _mm512_fmadd_ps(given, v, _mm512_maskz_loadu_ps(m, dw + j)));
+        sum = _mm512_fmadd_ps(_mm512_mul_ps(given, _mm512_add_ps(get(w, j, m, wide), more)), v, sum);
+    }
+    __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / d);
+    for (long j = 0; j < d; j += 16) {
+        __mmask16 m = until(d - j);
+        __m512 given = _mm512_mul_ps(get(g, j, m, wide), _mm512_add_ps(get(w, j, m, wide), more));
+        __m512 v = _mm512_mul_ps(get(x, j, m, wide), by);
+        put(dx, j, m, wide, _mm512_mul_ps(by, _mm512_fnmadd_ps(v, mean, given)));
+    }
+}
+
+// dw: (threads, d) zeros, of which the sum is the gradient; or null.
+void norm_backward(const void *g, const void *x, const void *w, const float *scale, void *dx, float *dw, long rows, long d,
+                   float offset, int wide, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int t = 0; t < threads; t++)
+        for (long i = rows * t / threads; i < rows * (t + 1) / threads; i++) {
+            long at = i * d * (wide ? 4 : 2);
+            float *own = dw ? dw + t * d : 0;
+            if (wide) norm_row_back((const char *)g + at, (const char *)x + at, w, (char *)dx + at, own, scale[i], d, offset, 1);
+            else norm_row_back((const char *)g + at, (const char *)x + at, w, (char *)dx + at, own, scale[i], d, offset, 0);
+        }
+}
+
+// Gated: act(a) b, act(a) = a / (1 + e^-z). z = a is SiLU; z = 2 sqrt(2 / pi) (a + 0.044715 a^3) is GELU by tanh.
+
+INLINE __m512 sigmoid(__m512 z) {
+    __m512 e = exponential(_mm512_or_ps(z, _mm512_set1_ps(-0.f)));                           // e^-|z|
+    __m512 top = _mm512_mask_mov_ps(e, _mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_GE_OQ), _mm512_set1_ps(1.f));
+    return _mm512_div_ps(top, _mm512_add_ps(_mm512_set1_ps(1.f), e));
+}
+
+#define TANH_A 1.5957691216057308f                     // 2 sqrt(2 / pi)
+#define TANH_B 0.07135481282553f                       // the same times 0.044715
+
+INLINE __m512 inside(__m512 a, int tanh) {
+    if (!tanh) return a;
+    return _mm512_mul_ps(a, _mm512_fmadd_ps(_mm512_mul_ps(a, a), _mm512_set1_ps(TANH_B), _mm512_set1_ps(TANH_A)));
+}
+
+INLINE __m512 slope(__m512 a, int tanh) {              // dz / da
+    if (!tanh) return _mm512_set1_ps(1.f);
+    return _mm512_fmadd_ps(_mm512_mul_ps(a, a), _mm512_set1_ps(3 * TANH_B), _mm512_set1_ps(TANH_A));
+}
+
+INLINE void gated_part(const void *a, const void *b, void *y, long from, long to, int tanh, int wide) {
+    for (long j = from; j < to; j += 16) {
+        __mmask16 m = until(to - j);
+        __m512 v = get(a, j, m, wide);
+        put(y, j, m, wide, _mm512_mul_ps(_mm512_mul_ps(v, sigmoid(inside(v, tanh))), get(b, j, m, wide)));
+    }
+}
+
+INLINE void gated_part_back(const void *g, const void *a, const void *b, void *da, void *db, long from, long to, int tanh, int wide) {
+    for (long j = from; j < to; j += 16) {
+        __mmask16 m = until(to - j);
+        __m512 given = get(g, j, m, wide), v = get(a, j, m, wide), s = sigmoid(inside(v, tanh)), one = _mm512_set1_ps(1.f);
+        __m512 act = _mm512_mul_ps(v, s);
+        __m512 turn = _mm512_fmadd_ps(_mm512_mul_ps(act, _mm512_sub_ps(one, s)), slope(v, tanh), s);     // act'(a)
+        put(da, j, m, wide, _mm512_mul_ps(_mm512_mul_ps(given, get(b, j, m, wide)), turn));
+        put(db, j, m, wide, _mm512_mul_ps(given, act));
+    }
+}
+
+#define PART 4096                                      // numbers a task: its reads and writes stay in the first cache
+#define EACH(call_wide, call)                                                                                                      \
+    _Pragma("omp parallel for num_threads(threads) schedule(static)") for (long from = 0; from < n; from += PART) {                \
+        long to = from + PART < n ? from + PART : n;                                                                               \
+        if (wide) call_wide; else call;                                                                                            \
+    }
+
+void gated_forward(const void *a, const void *b, void *y, long n, int tanh, int wide, int threads) {
+    if (tanh) EACH(gated_part(a, b, y, from, to, 1, 1), gated_part(a, b, y, from, to, 1, 0))
+    else EACH(gated_part(a, b, y, from, to, 0, 1), gated_part(a, b, y, from, to, 0, 0))
+}
+
+void gated_backward(const void *g, const void *a, const void *b, void *da, void *db, long n, int tanh, int wide, int threads) {
+    if (tanh) EACH(gated_part_back(g, a, b, da, db, from, to, 1, 1), gated_part_back(g, a, b, da, db, from, to, 1, 0))
+    else EACH(gated_part_back(g, a, b, da, db, from, to, 0, 1), gated_part_back(g, a, b, da, db, from, to, 0, 0))
+}
+
+// Rotary: pairs (x[j], x[j + d / 2]) turned by their position's angle. Backward turns the other way. d / 2: a multiple of 16.
+// x, y: (rows, tokens, heads, d) by strides of rows, tokens and heads, in numbers; cos, sin: (rows or 1, tokens, d), contiguous.
+
+INLINE void turn_head(const void *x, const void *cos, const void *sin, void *y, long half, int back, int wide, int wide_angle,
+                      int wide_out) {
+    for (long j = 0; j < half; j += 16) {
+        __mmask16 m = until(half - j);
+        __m512 low = get(x, j, m, wide), high = get(x, half + j, m, wide);
+        __m512 c0 = get(cos, j, m, wide_angle), c1 = get(cos, half + j, m, wide_angle);
+        __m512 s0 = get(sin, j, m, wide_angle), s1 = get(sin, half + j, m, wide_angle);
+        if (back) {
+            put(y, j, m, wide_out, _mm512_fmadd_ps(high, s1, _mm512_mul_ps(low, c0)));
+            put(y, half + j, m, wide_out, _mm512_fnmadd_ps(low, s0, _mm512_mul_ps(high, c1)));
+        } else {
+            put(y, j, m, wide_out, _mm512_fnmadd_ps(high, s0, _mm512_mul_ps(low, c0)));
+            put(y, half + j, m, wide_out, _mm512_fmadd_ps(low, s1, _mm512_mul_ps(high, c1)));
+        }
+    }
+}
+
+void rotary(const void *x, const void *cos, const void *sin, void *y, const long *shape, const long *from, const long *to,
+            long angle_row, int back, int wide, int wide_angle, int wide_out, int threads) {
+    long rows = shape[0], tokens = shape[1], heads = shape[2], d = shape[3];
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long i = 0; i < rows * tokens; i++) {
+        long row = i / tokens, token = i % tokens, angle = (row * angle_row + token * d) * (wide_angle ? 4 : 2);
+        const char *c = (const char *)cos + angle, *s = (const char *)sin + angle;
+        for (long h = 0; h < heads; h++) {
+            const char *a = (const char *)x + (row * from[0] + token * from[1] + h * from[2]) * (wide ? 4 : 2);
+            char *b = (char *)y + (row * to[0] + token * to[1] + h * to[2]) * (wide_out ? 4 : 2);
+            if (!wide && !wide_angle && !wide_out) turn_head(a, c, s, b, d / 2, back, 0, 0, 0);
+            else turn_head(a, c, s, b, d / 2, back, wide, wide_angle, wide_out);
+        }
+    }
+}

@@ -1,0 +1,268 @@
+"""RMS norms, gated activations and rotary embeddings, each a single pass over its numbers where torch makes four to ten.
+
+passes.c computes them, on a CPU, in bfloat16 or float32. A model's own modules and functions stay as they are where the compiled
+kernels are absent, and each is replaced only while a run lasts, and only if a probe finds that it computes what the kernel does.
+"""
+from __future__ import annotations
+
+import copy
+import ctypes
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tsugiki.kernels.native import close, library, pointer
+
+KINDS = (torch.bfloat16, torch.float32)
+NEAR = {torch.bfloat16: 5e-4, torch.float32: 1e-5}    # relatively, in a probe: nearer than another way to round, or another GELU
+ROTARY = "apply_rotary_pos_emb"                       # what transformers' modeling files call it
+FEW = 4096                                            # numbers: below, a call costs more than the pass
+
+
+def _takes(*tensors: Tensor) -> bool:
+    """Whether a kernel may run on these, of one shape."""
+    first = tensors[0]
+    return all(t.device.type == "cpu" and t.dtype is first.dtype for t in tensors) and first.dtype in KINDS \
+        and first.numel() >= FEW and not torch.compiler.is_compiling()         # a compiler fuses them into their neighbours
+
+
+def _wide(t: Tensor) -> int:
+    return int(t.dtype is torch.float32)
+
+
+class RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * (weight + offset), the quotient rounded to x's dtype first if `inner` (arXiv:1910.07467,
+    equation 4). x (..., D), weight (D,)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, offset: float, inner: bool) -> Tensor:
+        x, y, ctx.offset = x.contiguous(), torch.empty(x.shape, dtype=x.dtype), offset
+        scale = torch.empty(x.shape[:-1], dtype=torch.float32)
+        library().norm_forward(pointer(x), pointer(weight), pointer(y), pointer(scale), *_long(scale.numel(), x.shape[-1]),
+                               ctypes.c_float(eps), ctypes.c_float(offset), int(inner), _wide(x), torch.get_num_threads())
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, scale = ctx.saved_tensors
+        grad, dx, threads = grad.contiguous(), torch.empty_like(x), torch.get_num_threads()
+        dw = torch.zeros(threads, x.shape[-1]) if ctx.needs_input_grad[1] else None
+        library().norm_backward(pointer(grad), pointer(x), pointer(weight), pointer(scale), pointer(dx), pointer(dw),
+                                *_long(scale.numel(), x.shape[-1]), ctypes.c_float(ctx.offset), _wide(x), threads)
+        return dx, None if dw is None else dw.sum(0).to(weight.dtype), None, None, None
+
+
+class Gated(torch.autograd.Function):
+    """act(a) * b, of one shape; act is SiLU, or GELU by tanh (arXiv:2002.05202)."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor, tanh: bool) -> Tensor:
+        a, b, ctx.tanh = a.contiguous(), b.contiguous(), tanh
+        y = torch.empty_like(a)
+        library().gated_forward(pointer(a), pointer(b), pointer(y), *_long(a.numel()), int(tanh), _wide(a), torch.get_num_threads())
+        ctx.save_for_backward(a, b)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        a, b = ctx.saved_tensors
+        grad, da, db = grad.contiguous(), torch.empty_like(a), torch.empty_like(b)
+        library().gated_backward(*map(pointer, (grad, a, b, da, db)), *_long(a.numel()), int(ctx.tanh), _wide(a),
+                                 torch.get_num_threads())
+        return da, db, None
+
+
+class Rotary(torch.autograd.Function):
+    """x cos + rotate_half(x) sin (arXiv:2104.09864, equation 34). x (B, H, T, D), cos and sin (B or 1, T, D)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = cos.contiguous(), sin.contiguous()
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
+        return _turned(x, cos, sin, torch.promote_types(x.dtype, cos.dtype), back=False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        return _turned(grad, *ctx.saved_tensors, ctx.dtype, back=True), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, back: bool) -> Tensor:
+    x = x if x.stride(3) == 1 else x.contiguous()
+    b, h, t, d = x.shape
+    y = torch.empty(b, t, h, d, dtype=dtype).transpose(1, 2)                # as the linear before it lays its output out
+    strides = [_long(v.stride(0), v.stride(2), v.stride(1)) for v in (x, y)]
+    library().rotary(*map(pointer, (x, cos, sin, y)), (ctypes.c_long * 4)(b, t, h, d), *((ctypes.c_long * 3)(*s) for s in strides),
+                     *_long(t * d if cos.shape[0] > 1 else 0), int(back), _wide(x), _wide(cos), _wide(y), torch.get_num_threads())
+    return y
+
+
+def _long(*numbers: int) -> tuple[ctypes.c_long, ...]:
+    return tuple(map(ctypes.c_long, numbers))
+
+
+# What stands in for a module's forward or a modeling file's function. Each goes back to it for what the kernel does not take.
+
+@dataclass(frozen=True)
+class Norm:
+    module: nn.Module
+    plain: Callable[[Tensor], Tensor]
+    eps: float
+    offset: float
+    inner: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not _takes(x, self.module.weight):
+            return self.plain(x)
+        return RMSNorm.apply(x, self.module.weight, self.eps, self.offset, self.inner)
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    module: nn.Module
+    plain: Callable[[Tensor], Tensor]
+    tanh: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        mlp = self.module
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return self.plain(x)
+        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        if _takes(gate, up) and gate.shape == up.shape:
+            return mlp.down_proj(Gated.apply(gate, up, self.tanh))
+        return mlp.down_proj(mlp.act_fn(gate) * up)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    plain: Callable[..., tuple[Tensor, Tensor]]
+
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        fits = not (args or kwargs) and q.dim() == 4 and _takes(q, k) and cos.device.type == "cpu" \
+            and cos.dtype in KINDS and sin.dtype is cos.dtype and cos.shape == sin.shape and cos.shape[0] in (1, q.shape[0]) \
+            and q.shape[2:] == k.shape[2:] == cos.shape[1:] and q.shape[3] % 2 == 0
+        return (Rotary.apply(q, cos, sin), Rotary.apply(k, cos, sin)) if fits else self.plain(q, k, cos, sin, *args, **kwargs)
+
+
+@contextmanager
+def single(model: nn.Module) -> Iterator[int]:
+    """Inside, the model's passes are single ones, where a probe shows that they do what they did; yields how many."""
+    with ExitStack() as stack:
+        found = 0
+        if library() is not None:
+            for module in model.modules():
+                for stands_in in (*_norms(module), *_mlps(module)):
+                    if "forward" not in vars(module) and _same(module, stands_in):
+                        module.forward = stands_in
+                        stack.callback(_restore, module, stands_in)
+                        found += 1
+                        break
+            for name in {type(m).__module__ for m in model.modules()}:
+                where = sys.modules[name]
+                if hasattr(where, ROTARY):
+                    found += stack.enter_context(_rotating(where))
+        yield found
+
+
+def _restore(module: nn.Module, stands_in: object) -> None:
+    if vars(module).get("forward") is stands_in:
+        del module.forward
+
+
+def _norms(module: nn.Module) -> Iterator[Norm]:
+    """What an RMS norm of transformers may be: the ways to round and to count the weight from 0 or 1 that its models have."""
+    weight = module._parameters.get("weight")
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if "RMSNorm" in type(module).__name__ and len(module._parameters) == 1 and weight is not None and weight.dim() == 1 \
+            and isinstance(eps, float) and weight.device.type == "cpu":
+        for offset, inner in ((0.0, True), (1.0, False), (0.0, False)):
+            yield Norm(module, module.forward, eps, offset, inner)
+
+
+def _mlps(module: nn.Module) -> Iterator[GatedMLP]:
+    if set(module._modules) >= {"gate_proj", "up_proj", "down_proj", "act_fn"} \
+            and all(isinstance(getattr(module, f"{n}_proj"), nn.Linear) for n in ("gate", "up", "down")):
+        for tanh in (False, True):
+            yield GatedMLP(module, module.forward, tanh)
+
+
+@torch.no_grad()
+def _same(module: nn.Module, stands_in: Norm | GatedMLP) -> bool:
+    """Whether both make the same of random numbers."""
+    norm = isinstance(stands_in, Norm)
+    weight = module.weight if norm else module.gate_proj.weight
+    if weight.dtype not in KINDS or weight.device.type != "cpu":
+        return False
+    x = 4 * torch.randn(1, -(-FEW // weight.shape[-1]), weight.shape[-1], generator=torch.Generator().manual_seed(0))
+    try:
+        if norm:
+            x = x.to(weight.dtype)
+            made, wanted = stands_in(x), stands_in.plain(x)
+        else:
+            made, wanted = 2 * Gated.apply(x, -x, stands_in.tanh), _between(module, x)
+    except (TypeError, ValueError, RuntimeError, AttributeError):             # its forward takes something else
+        return False
+    return made.dtype == wanted.dtype and made.shape == wanted.shape and close(made, wanted, NEAR[made.dtype])
+
+
+class _Times(nn.Module):
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+def _between(mlp: nn.Module, x: Tensor) -> Tensor:
+    """What an MLP makes of x where its gate gives x, up -x, and down doubles: 2 act(x) (-x), if it is one of these."""
+    bare = copy.copy(mlp)
+    bare.__dict__["_modules"] = mlp._modules | {f"{n}_proj": _Times(by) for n, by in (("gate", 1.0), ("up", -1.0), ("down", 2.0))}
+    return type(mlp).forward(bare, x)
+
+
+_lock, _users = threading.Lock(), dict[str, int]()
+
+
+@contextmanager
+def _rotating(where: ModuleType) -> Iterator[bool]:
+    """Inside, a modeling file's function is the kernel; several runs may be inside at once."""
+    name = where.__name__
+    with _lock:
+        there = getattr(where, ROTARY)
+        if not isinstance(there, Rotation) and _rotates(there):
+            setattr(where, ROTARY, Rotation(there))
+        on = isinstance(getattr(where, ROTARY), Rotation)
+        _users[name] = _users.get(name, 0) + on
+    try:
+        yield on
+    finally:
+        with _lock:
+            _users[name] -= on
+            there = getattr(where, ROTARY)
+            if not _users[name] and isinstance(there, Rotation):
+                setattr(where, ROTARY, there.plain)
+
+
+@torch.no_grad()
+def _rotates(plain: Callable[..., tuple[Tensor, Tensor]]) -> bool:
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    q, k, cos, sin = draw(2, 4, 16, 32), draw(2, 4, 16, 32), draw(2, 16, 32), draw(2, 16, 32)
+    try:
+        wanted = plain(q, k, cos, sin)
+    except (TypeError, ValueError, RuntimeError, IndexError):                # it has another signature or takes other shapes
+        return False
+    made = Rotation(plain)(q, k, cos, sin)
+    return all(a.shape == b.shape and close(a, b, NEAR[torch.float32]) for a, b in zip(made, wanted, strict=True))

@@ -1,0 +1,241 @@
+"""The compiled passes over activations and the low-rank product: nearer to the truth than their twins, and only in their place."""
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import tiny
+from torch import nn
+
+from tsugiki.adapters import attach
+from tsugiki.kernels import low_rank, native, passes
+from tsugiki.kernels.passes import Gated, RMSNorm, Rotary, single
+from tsugiki.methods import LoRA
+from tsugiki.sites import FAMILIES
+
+pytestmark = pytest.mark.skipif(native.library() is None,
+                                reason="no gcc here, or a processor that does not multiply bfloat16: there is no compiled kernel")
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+NORMS = {"rounded inside": (0.0, True), "from one": (1.0, False), "rounded once": (0.0, False)}
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def norm(x, w, offset, inner):
+    y = x.to(torch.promote_types(x.dtype, F32))
+    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5)
+    return w * y.to(x.dtype) if inner else (y * (w.to(y.dtype) + offset)).to(x.dtype)
+
+
+def rotated(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return x * cos.unsqueeze(1) + torch.cat([-b, a], -1) * sin.unsqueeze(1)
+
+
+def results(function, inputs, grad, dtype):
+    given = [t.detach().to(dtype).requires_grad_() for t in inputs]
+    out = function(*given)
+    return [out, *torch.autograd.grad(out, given, grad.to(out.dtype))]
+
+
+def check(kernel, plain, inputs, grad, dtype, least=0.99):
+    """Output and every gradient: as near to float64's as the plain twin's, the same bits again, and close with three threads."""
+    rounded = [t.to(dtype).double() for t in inputs]
+    truth, ours, twin = (results(f, rounded, grad, d) for f, d in ((plain, F64), (kernel, dtype), (plain, dtype)))
+    again, before = results(kernel, rounded, grad, dtype), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        threads = results(kernel, rounded, grad, dtype)
+    finally:
+        torch.set_num_threads(before)
+    for t, a, b, c, d in zip(truth, ours, twin, again, threads, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, c)
+        assert (a - t).norm() <= max(1.05 * (b - t).norm(), 1e-6 * t.norm()) and t.norm() > 0
+        assert (a - d).norm() <= 1e-3 * t.norm()
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("shape", [(5, 70, 24), (3, 576), (2, 3, 4, 33), (200, 1)], ids=str)
+def test_norms_are_nearer_to_the_truth(shape, kind, dtype):
+    offset, inner = NORMS[kind]
+    check(lambda x, w: RMSNorm.apply(x, w, 1e-5, offset, inner), lambda x, w: norm(x, w, offset, inner),
+          [3 * draw(*shape), draw(shape[-1], seed=1)], draw(*shape, seed=2), dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("tanh", [False, True])
+def test_gated_activations_are_nearer_to_the_truth(tanh, dtype):
+    def plain(a, b):
+        return (F.gelu(a, approximate="tanh") if tanh else F.silu(a)) * b
+    check(lambda a, b: Gated.apply(a, b, tanh), plain, [4 * draw(7, 1111), draw(7, 1111, seed=1)], draw(7, 1111, seed=2), dtype)
+
+
+def test_gated_activations_far_out_are_zero_or_the_identity():
+    a = torch.tensor([-1e30, -300.0, -90.0, 0.0, 90.0, 300.0, float("nan")], requires_grad=True)
+    for tanh in (False, True):
+        y = Gated.apply(a, torch.ones(7), tanh)
+        g, = torch.autograd.grad(y.nansum(), a)
+        assert torch.allclose(y[:6], torch.tensor([0.0, 0, 0, 0, 90, 300]), atol=1e-12) and bool(y[6].isnan())
+        assert torch.allclose(g[1:6], torch.tensor([0.0, 0, 0.5, 1, 1]), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("rows, d", [(1, 64), (3, 24), (2, 2)])
+def test_rotations_are_nearer_to_the_truth(rows, d, dtype):
+    angle = draw(rows, 9, d // 2, seed=3).repeat(1, 1, 2)
+    for many in (rows, 1):
+        cos, sin = angle[:many].cos().to(dtype), angle[:many].sin().to(dtype)
+        x = draw(rows, 9, 5, d).transpose(1, 2)
+        check(lambda x, c=cos, s=sin: Rotary.apply(x, c, s), lambda x, c=cos, s=sin: rotated(x, c.to(x.dtype), s.to(x.dtype)),
+              [x], draw(rows, 5, 9, d, seed=2), dtype)
+    assert Rotary.apply(x.to(BF16), cos.float(), sin.float()).dtype == F32      # as under autocast: torch promotes
+
+
+needs_amx = pytest.mark.skipif(not low_rank.works(), reason="this processor has no AMX: there is no low-rank kernel")
+
+
+@needs_amx
+@pytest.mark.parametrize("rank, tokens, width, out",
+                         [(1, 3, 32, 64), (8, 65, 96, 32), (3, 257, 64, 160), (33, 40, 192, 32), (64, 128, 64, 64)])
+def test_low_rank_products_are_nearer_to_the_truth(rank, tokens, width, out):
+    x, y, grad = draw(tokens, width).to(BF16), draw(tokens, out, seed=1).to(BF16), draw(tokens, out, seed=2)
+    a, b = draw(rank, width, seed=3).to(BF16).float(), draw(out, rank, seed=4).to(BF16).float()
+
+    def both(function, dtype, factors):
+        given = [t.to(d).requires_grad_() for t, d in zip((x, y, a, b), (dtype, dtype, factors, factors), strict=True)]
+        made = function(*given)
+        return [made, *torch.autograd.grad(made, given, grad.to(dtype))]
+
+    def plain(x, y, a, b):
+        return y + F.linear(F.linear(x, a.to(x.dtype)) * 0.3, b.to(x.dtype))
+    truth, twin = both(plain, F64, F64), both(plain, BF16, F32)
+    ours, again = (both(lambda *t: low_rank.added(*t, 0.3), BF16, F32) for _ in range(2))
+    for t, p, m, n in zip(truth, twin, ours, again, strict=True):
+        assert m.dtype == p.dtype and m.shape == p.shape and torch.equal(m, n)
+        assert (m - t).norm() <= 1.05 * (p - t).norm() + 1e-6 * t.norm()
+
+
+def test_what_is_not_finite_stays_in_its_row():
+    x = draw(40, 64).to(BF16)
+    broken = x.clone()
+    broken[7, 3], broken[11, 5] = float("nan"), float("inf")
+    a, b, w = draw(4, 64, seed=1).float(), draw(64, 4, seed=2).float(), torch.ones(64, dtype=BF16)
+    others = torch.tensor([i not in (7, 11) for i in range(40)])
+    thin = (lambda t: low_rank.added(t, x, a, b, 1.0), lambda t: low_rank.added(x, t, a, b, 1.0))
+    rows = (lambda t: RMSNorm.apply(t, w, 1e-5, 0.0, True), lambda t: Gated.apply(t, t, False))
+    for f in (*rows, *(thin if low_rank.works() else ())):
+        clean, dirty = x.clone().requires_grad_(), broken.clone().requires_grad_()
+        made = f(clean), f(dirty)
+        grads = [torch.autograd.grad(m, t, x)[0] for m, t in zip(made, (clean, dirty), strict=True)]
+        assert torch.equal(made[0][others], made[1][others]) and torch.equal(grads[0][others], grads[1][others])
+        assert not made[1][7].isfinite().all() and not made[1][11].isfinite().all()
+
+
+def replaced(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if "forward" in vars(m)]
+
+
+def loss_and_gradients(model):
+    ids = torch.arange(3, 3 + 2 * 128).remainder(model.config.vocab_size).view(2, 128)
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    return loss, dict(zip(params, torch.autograd.grad(loss, list(params.values()), allow_unused=True), strict=True))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_model_with_single_passes_computes_the_same(kind, monkeypatch):
+    """Every RMS norm is replaced, every gated MLP of three linears, and all of it is taken back."""
+    model = tiny(kind).float()
+    modeling = sys.modules[type(model).__module__]
+    function = getattr(modeling, passes.ROTARY, None)
+    want, wanted = loss_and_gradients(model)
+    calls = {c: [] for c in (RMSNorm, Gated, Rotary)}
+    for c, seen in calls.items():
+        monkeypatch.setattr(c, "apply", lambda *a, c=c, seen=seen, apply=c.apply: (seen.append(1), apply(*a))[1])
+    with single(model) as count:
+        assert count == len(replaced(model)) + (getattr(modeling, passes.ROTARY, None) is not function)
+        norms = [m for m in model.modules() if "RMSNorm" in type(m).__name__]
+        mlps = [m for m in model.modules() if type(m).__name__.endswith("MLP") and {"gate_proj", "act_fn"} <= set(m._modules)]
+        assert set(replaced(model)) == {*norms, *mlps}
+        loss, grads = loss_and_gradients(model)
+    assert not replaced(model) and getattr(modeling, passes.ROTARY, None) is function
+    assert bool(calls[RMSNorm]) == bool(norms) and bool(calls[Gated]) == bool(mlps) and bool(calls[Rotary]) == (kind in ROTATED)
+    assert (loss - want).abs() <= 1e-5 and grads.keys() == wanted.keys()
+    for name, g in grads.items():
+        if g is not None:
+            assert (g - wanted[name]).norm() <= 1e-4 * wanted[name].norm() + 1e-7, name
+
+
+ROTATED = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "mixtral", "qwen2_moe", "qwen3_moe",
+           "olmoe", "phi", "gpt_neox", "falcon", "phi3"}
+
+
+def test_a_module_that_computes_something_else_keeps_its_own_forward():
+    model = tiny("llama").float()
+
+    class OtherRMSNorm(type(model.model.norm)):
+        def forward(self, x):
+            return super().forward(x) * 1.1
+
+    class OtherMLP(type(model.model.layers[0].mlp)):
+        def forward(self, x):
+            return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+    model.model.norm.__class__, model.model.layers[0].mlp.__class__ = OtherRMSNorm, OtherMLP
+    model.model.layers[1].mlp.act_fn = nn.ReLU()
+    with single(model):
+        left = {model.model.norm, *(layer.mlp for layer in model.model.layers[:2])}
+        assert not left & set(replaced(model)) and len(replaced(model)) > 2
+    assert not replaced(model)
+
+
+def test_several_runs_may_be_inside_at_once_and_a_copied_model_is_its_own():
+    model, other = tiny("llama").float(), tiny("llama").float()
+    modeling = sys.modules[type(model).__module__]
+    function = getattr(modeling, passes.ROTARY)
+    first, second = single(model), single(other)
+    first.__enter__()
+    second.__enter__()
+    copied = copy.deepcopy(model)
+    first.__exit__(None, None, None)
+    assert getattr(modeling, passes.ROTARY) is not function and replaced(other) and not replaced(model)
+    second.__exit__(None, None, None)
+    assert getattr(modeling, passes.ROTARY) is function and not replaced(other)
+    assert all(m.forward.module is m for m in replaced(copied))
+
+
+def test_without_the_kernels_nothing_is_replaced(monkeypatch):
+    monkeypatch.setattr(passes, "library", lambda: None)
+    model = tiny("llama").float()
+    with single(model) as count:
+        assert not count and not replaced(model)
+
+
+@needs_amx
+@pytest.mark.parametrize("settings, taken", [({}, True), ({"rank": 70}, False), ({"dropout": 0.5}, False), ({"bias": True}, False)],
+                         ids=str)
+def test_lora_takes_the_kernel_where_it_computes_the_same(settings, taken, monkeypatch):
+    model = tiny("llama").to(BF16)
+    attach(model).add("a", LoRA(**{"rank": 4} | settings)).parameters()
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if n.endswith(".B"):
+                p.normal_(std=0.02, generator=torch.Generator().manual_seed(len(n)))
+    calls, apply = [], low_rank.Added.apply
+    monkeypatch.setattr(low_rank.Added, "apply", lambda *a: (calls.append(1), apply(*a))[1])
+    model.train()
+    torch.manual_seed(0)
+    loss, grads = loss_and_gradients(model)
+    assert bool(calls) == taken
+    if taken:
+        monkeypatch.setattr(low_rank, "takes", lambda *a: False)
+        want, wanted = loss_and_gradients(model)
+        assert (loss - want).abs() < 0.01 * want
+        for name, g in grads.items():
+            if g is not None:
+                assert (g.float() - wanted[name].float()).norm() <= 0.05 * wanted[name].float().norm() + 1e-6, name
