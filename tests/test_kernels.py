@@ -1,6 +1,8 @@
 """Every fast path equals its plain twin: attention by document, and the head that makes its loss in chunks."""
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from tsugiki.adapters import attach
 from tsugiki.config import TrainConfig
 from tsugiki.data.batch import collate, micro_batches
 from tsugiki.kernels import documents as compiled
-from tsugiki.kernels import head, native
+from tsugiki.kernels import head, low_rank, native
 from tsugiki.kernels.attention import BLOCK, active, by_document, documents, groups
 from tsugiki.kernels.head import head_losses
 from tsugiki.methods import LoRA
@@ -137,6 +139,13 @@ def test_it_is_built_once_and_only_where_nobody_else_can_write(built, monkeypatc
             assert native.library() is None
     q, k, v, _ = (t.detach().bfloat16() for t in tensors(20, 4, 2))
     assert documents(q, k, v, ends((20,)), 0.3).isfinite().all(), "without it, the plain twin computes"
+
+
+def test_where_there_is_a_compiler_and_a_processor_for_them_the_kernels_are_built_and_all_work():
+    """Nothing else would show a mistake in their source: without them, everything is computed, more slowly."""
+    if shutil.which("gcc") is None or "avx512_bf16" not in native.processor():
+        pytest.skip("no gcc here, or a processor that does not multiply bfloat16: there is no compiled kernel")
+    assert compiled.works() and head._works() and low_rank.works() == ("amx_bf16" in native.processor())
 
 
 def test_a_kernel_that_computes_something_else_is_not_used(built, monkeypatch):

@@ -11,7 +11,7 @@ from tiny import tiny
 from torch import nn
 
 from tsugiki.adapters import attach
-from tsugiki.kernels import low_rank, native, passes
+from tsugiki.kernels import head, low_rank, native, passes
 from tsugiki.kernels.passes import Gated, RMSNorm, Rotary, single
 from tsugiki.methods import LoRA
 from tsugiki.sites import FAMILIES
@@ -77,7 +77,7 @@ def test_gated_activations_are_nearer_to_the_truth(tanh, dtype):
 
 
 def test_gated_activations_far_out_are_zero_or_the_identity():
-    a = torch.tensor([-1e30, -300.0, -90.0, 0.0, 90.0, 300.0, float("nan")], requires_grad=True)
+    a = torch.tensor([-1e20, -300.0, -90.0, 0.0, 90.0, 300.0, float("nan")], requires_grad=True)
     for tanh in (False, True):
         y = Gated.apply(a, torch.ones(7), tanh)
         g, = torch.autograd.grad(y.nansum(), a)
@@ -135,6 +135,27 @@ def test_what_is_not_finite_stays_in_its_row():
         grads = [torch.autograd.grad(m, t, x)[0] for m, t in zip(made, (clean, dirty), strict=True)]
         assert torch.equal(made[0][others], made[1][others]) and torch.equal(grads[0][others], grads[1][others])
         assert not made[1][7].isfinite().all() and not made[1][11].isfinite().all()
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_losses_of_bfloat16_logits_are_nearer_to_the_truth(trains, monkeypatch):
+    hidden, weight, bias = 2 * draw(70, 48).to(BF16), draw(301, 48, seed=1).to(BF16), draw(301, seed=2).to(BF16)
+    targets, grad = torch.arange(70) * 4, draw(70, seed=3)
+    monkeypatch.setattr(head, "LOGITS", 301 * 16)     # several chunks
+
+    def both(dtype, compiled):
+        monkeypatch.setattr(head, "_works", lambda: compiled)
+        given = [t.to(dtype).requires_grad_(trains or n == 0) for n, t in enumerate((hidden, weight, bias))]
+        losses = head.head_losses(*given, targets)
+        return [losses, *torch.autograd.grad(losses, [t for t in given if t.requires_grad], grad.to(losses.dtype))]
+    for t, a, b in zip(both(F64, False), both(BF16, True), both(BF16, False), strict=True):
+        assert a.dtype == b.dtype and (a - t).norm() <= 1.05 * (b - t).norm()
+    broken = hidden.clone()
+    broken[3, 0] = float("nan")
+    losses = head.head_losses(broken, weight, None, targets)
+    assert losses.isnan().tolist() == [i == 3 for i in range(70)]
+    with pytest.raises(IndexError):
+        head.head_losses(hidden, weight, None, targets + 100)
 
 
 def replaced(model: nn.Module) -> list[nn.Module]:

@@ -59,7 +59,7 @@ static void forward_task(Input q, Input k, Input v, Output out, long first, int 
     copy(k, first, kv, length, filled, d, wide, rows);
     turn(filled, wide / 2, rows, wide / 2, keys, filled);
     copy(v, first, kv, length, filled, d, wide, rows);
-    pairs(filled, wide, rows, values);
+    pairs(filled, wide, rows, wide, values, wide);
     for (int head = kv * group; head < (kv + 1) * group; head++)
         for (int r = 0; r < length; r += ROWS) {
             int n = r + ROWS, here = length - r < ROWS ? length - r : ROWS;
@@ -91,7 +91,7 @@ static void softmax_backward(const float *p, float *dp, int n) {
 
 // A block's rows (ROWS, wide) turned: (wide, ROWS). `between`: room for as many.
 static void turned_rows(int wide, const bf16 *from, uint32_t *between, bf16 *to) {
-    pairs(ROWS, wide, from, between);
+    pairs(ROWS, wide, from, wide, between, wide);
     turn(ROWS / 2, wide, between, wide, to, ROWS / 2);
 }
 
@@ -124,7 +124,7 @@ static void backward_task(Input q, Input k, Input v, Input grad, Output dq, Outp
     turn(filled, wide / 2, rows, wide / 2, values, filled);
     copy(k, first, kv, length, filled, d, wide, rows);
     turn(filled, wide / 2, rows, wide / 2, keys, filled);
-    pairs(filled, wide, rows, key_pairs);
+    pairs(filled, wide, rows, wide, key_pairs, wide);
     memset(dkey, 0, 4L * filled * wide);
     memset(dvalue, 0, 4L * filled * wide);
     for (int head = kv * group; head < (kv + 1) * group; head++)

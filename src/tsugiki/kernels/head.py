@@ -5,15 +5,16 @@ its chunk, and backward only scales what forward left: the gradient by the hidde
 """
 from __future__ import annotations
 
+import ctypes
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOGITS = 1 << 23              # logits made at once
+from tsugiki.kernels.native import close, library, pointer
 
-
-def _chunk(weight: Tensor) -> int:
-    return max(16, LOGITS // weight.shape[0])
+LOGITS = 1 << 23              # logits made at once; twice as many where they stay in 16 bits
 
 
 class HeadLoss(torch.autograd.Function):
@@ -43,16 +44,43 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, made: Tensor | None) -> Tensor:
     """The losses; their gradients by hidden go into `made`, if there is one."""
     losses = []
-    for h, t, at in _chunks(hidden, weight, targets):
-        logits = F.linear(h, weight, bias).to(_wide(h.dtype))                  # (n, V)
-        losses.append(F.cross_entropy(logits, t, reduction="none"))
+    known = (targets >= 0) & (targets < len(weight))                          # torch refuses others
+    compiled = hidden.dtype is torch.bfloat16 and hidden.device.type == "cpu" and bool(known.all()) and _works()
+    for h, t, at in _chunks(hidden, weight, targets, 2 * LOGITS if compiled else LOGITS):
+        logits = F.linear(h, weight, bias)                                     # (n, V)
+        if compiled:
+            losses.append(_compiled(logits, t, back=made is not None))
+        else:
+            logits = logits.to(_wide(h.dtype))
+            losses.append(F.cross_entropy(logits, t, reduction="none"))
+            logits = logits if made is None else _logit_gradient(logits, t).to(h.dtype)
         if made is not None:
-            torch.mm(_logit_gradient(logits, t).to(h.dtype), weight, out=made[at:at + len(h)])
+            torch.mm(logits, weight, out=made[at:at + len(h)])
     return torch.cat(losses) if losses else hidden.new_empty(0, dtype=_wide(hidden.dtype))
 
 
-def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor):
-    size = _chunk(weight)
+def _compiled(logits: Tensor, targets: Tensor, back: bool) -> Tensor:
+    """The losses of bfloat16 logits in float32, by passes.c; if `back`, the logits become their gradient."""
+    losses = torch.empty(len(logits))
+    library().head_losses(*map(pointer, (logits, targets.contiguous(), losses)), *map(ctypes.c_long, logits.shape), int(back),
+                          torch.get_num_threads())
+    return losses
+
+
+@cache
+def _works() -> bool:
+    """Whether the kernel is there, and what it makes of small numbers is what torch makes."""
+    if library() is None:
+        return False
+    g = torch.Generator().manual_seed(0)
+    logits, targets = 4 * torch.randn(5, 77, generator=g).bfloat16(), torch.arange(5) * 19
+    wide = logits.float()
+    wanted = F.cross_entropy(wide, targets, reduction="none"), _logit_gradient(wide, targets)
+    return close(_compiled(logits, targets, back=True), wanted[0]) and close(logits, wanted[1])
+
+
+def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor, logits: int):
+    size = max(16, logits // len(weight))
     for at in range(0, len(hidden), size):
         yield hidden[at:at + size], targets[at:at + size], at
 
@@ -68,7 +96,7 @@ def _all_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets:
     dh = torch.empty_like(hidden) if needs[0] else None
     dw = torch.zeros_like(weight, dtype=_wide(weight.dtype)) if needs[1] else None
     db = torch.zeros_like(bias, dtype=_wide(bias.dtype)) if bias is not None and needs[2] else None
-    for h, t, at in _chunks(hidden, weight, targets):
+    for h, t, at in _chunks(hidden, weight, targets, LOGITS):
         g = _logit_gradient(F.linear(h, weight, bias).to(_wide(h.dtype)), t)
         g = g.mul_(grad[at:at + len(h)].unsqueeze(1))
         low = g.to(h.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tsugiki.kernels.native import close, library, pointer, processor
 
 MOST = 64                     # rank: beyond, matrix products are as quick
-BLOCK = 32                    # sides of a product are multiples of it; the rank is filled up
+BLOCK = 32                    # widths are multiples of it
 FEW = 256                     # tokens: below, preparing the factors costs more than is gained
 
 
@@ -44,19 +44,14 @@ class Added(torch.autograd.Function):
         x, a, b = ctx.saved_tensors
         g, threads, rank = grad.contiguous(), torch.get_num_threads(), len(a)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        da, db = (torch.zeros(threads, _filled(rank), n) for n in (a.shape[1], b.shape[0]))
+        da, db = (torch.zeros(threads, -(-rank // 16) * 16, n) for n in (a.shape[1], b.shape[0]))
         _checked(library().low_rank_backward(*map(pointer, (g, x, a, b, dx, da, db)), *_sizes(x, a, b, ctx.scale)))
         return dx, grad, da[:, :rank].sum(0), db[:, :rank].sum(0).t(), None
 
 
-def _filled(rank: int) -> int:
-    return -(-rank // BLOCK) * BLOCK
-
-
 def _sizes(x: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple:
     width, rank = a.shape[1], len(a)
-    return (*map(ctypes.c_long, (x.numel() // width, width, b.shape[0])), rank, _filled(rank), ctypes.c_float(scale),
-            torch.get_num_threads())
+    return (*map(ctypes.c_long, (x.numel() // width, width, len(b))), rank, ctypes.c_float(scale), torch.get_num_threads())
 
 
 def _checked(failed: int) -> None:

@@ -77,7 +77,7 @@ void norm_backward(const void *g, const void *x, const void *w, const float *sca
 // Gated: act(a) b, act(a) = a / (1 + e^-z). z = a is SiLU; z = 2 sqrt(2 / pi) (a + 0.044715 a^3) is GELU by tanh.
 
 INLINE __m512 sigmoid(__m512 z) {
-    __m512 e = exponential(_mm512_or_ps(z, _mm512_set1_ps(-0.f)));                           // e^-|z|
+    __m512 e = power(_mm512_or_ps(z, _mm512_set1_ps(-0.f)), -87.f);                          // e^-|z|
     __m512 top = _mm512_mask_mov_ps(e, _mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_GE_OQ), _mm512_set1_ps(1.f));
     return _mm512_div_ps(top, _mm512_add_ps(_mm512_set1_ps(1.f), e));
 }
@@ -165,4 +165,29 @@ void rotary(const void *x, const void *cos, const void *sin, void *y, const long
             else turn_head(a, c, s, b, d / 2, back, wide, wide_angle, wide_out);
         }
     }
+}
+
+// Cross-entropy of rows of logits (rows, n): losses in nats; if `back`, each row becomes its gradient, softmax less the target's one.
+
+static float loss_row(bf16 *x, long n, long target, int back) {
+    __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    for (long j = 0; j < n; j += 16)
+        most = _mm512_mask_max_ps(most, until(n - j), most, get(x, j, until(n - j), 0));
+    float top = _mm512_reduce_max_ps(most), own = _mm512_cvtss_f32(get(x, target, 1, 0));
+    __m512 less = _mm512_set1_ps(top);
+    for (long j = 0; j < n; j += 16)
+        sum = _mm512_mask_add_ps(sum, until(n - j), sum, exponential(_mm512_sub_ps(get(x, j, until(n - j), 0), less)));
+    float all = _mm512_reduce_add_ps(sum);
+    if (back) {
+        __m512 by = _mm512_set1_ps(1.f / all);
+        for (long j = 0; j < n; j += 16)
+            put(x, j, until(n - j), 0, _mm512_mul_ps(exponential(_mm512_sub_ps(get(x, j, until(n - j), 0), less)), by));
+        put(x, target, 1, 0, _mm512_set1_ps(expf(own - top) / all - 1.f));
+    }
+    return logf(all) + top - own;
+}
+
+void head_losses(bf16 *logits, const int64_t *targets, float *losses, long rows, long n, int back, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long i = 0; i < rows; i++) losses[i] = loss_row(logits + i * n, n, targets[i], back);
 }

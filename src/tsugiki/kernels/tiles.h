@@ -14,24 +14,30 @@ static void tiles_on(void) {
 }
 static void tiles_off(void) { _tile_release(); }
 
-// C (m, n) = or += A (m, k) B; B holds pairs of its rows as words: (k / 2, n). m, n, k: multiples of 32.
+// C (m, n) = or += A (m, k) B; B holds pairs of its rows as words: (k / 2, n). m and n: multiples of 16, k: of 32.
 static void product(int m, int n, int k, const bf16 *a, long lda, const uint32_t *b, long ldb, float *c, long ldc, int add) {
     for (int i = 0; i < m; i += 32)
         for (int j = 0; j < n; j += 32) {
             float *to = c + i * ldc + j;
+            int below = m - i > 16, beside = n - j > 16;
+            _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
             if (add) {
-                _tile_loadd(0, to, ldc * 4); _tile_loadd(1, to + 16, ldc * 4);
-                _tile_loadd(2, to + 16 * ldc, ldc * 4); _tile_loadd(3, to + 16 * ldc + 16, ldc * 4);
-            } else {
-                _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+                _tile_loadd(0, to, ldc * 4);
+                if (beside) _tile_loadd(1, to + 16, ldc * 4);
+                if (below) _tile_loadd(2, to + 16 * ldc, ldc * 4);
+                if (below && beside) _tile_loadd(3, to + 16 * ldc + 16, ldc * 4);
             }
             for (int l = 0; l < k; l += 32) {
-                _tile_loadd(4, a + i * lda + l, lda * 2); _tile_loadd(5, a + (i + 16) * lda + l, lda * 2);
-                _tile_loadd(6, b + l / 2 * ldb + j, ldb * 4); _tile_loadd(7, b + l / 2 * ldb + j + 16, ldb * 4);
-                _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+                _tile_loadd(4, a + i * lda + l, lda * 2); _tile_loadd(6, b + l / 2 * ldb + j, ldb * 4);
+                _tile_dpbf16ps(0, 4, 6);
+                if (below) { _tile_loadd(5, a + (i + 16) * lda + l, lda * 2); _tile_dpbf16ps(2, 5, 6); }
+                if (beside) { _tile_loadd(7, b + l / 2 * ldb + j + 16, ldb * 4); _tile_dpbf16ps(1, 4, 7); }
+                if (below && beside) _tile_dpbf16ps(3, 5, 7);
             }
-            _tile_stored(0, to, ldc * 4); _tile_stored(1, to + 16, ldc * 4);
-            _tile_stored(2, to + 16 * ldc, ldc * 4); _tile_stored(3, to + 16 * ldc + 16, ldc * 4);
+            _tile_stored(0, to, ldc * 4);
+            if (beside) _tile_stored(1, to + 16, ldc * 4);
+            if (below) _tile_stored(2, to + 16 * ldc, ldc * 4);
+            if (below && beside) _tile_stored(3, to + 16 * ldc + 16, ldc * 4);
         }
 }
 #else
@@ -42,12 +48,13 @@ static void product(int m, int n, int k, const bf16 *a, long lda, const uint32_t
     for (int i = 0; i < m; i += 8)
         for (int j = 0; j < n; j += 32) {
             __m512 sum[8][2];
+            int halves = n - j > 16 ? 2 : 1, second = 16 * (halves - 1);
             for (int r = 0; r < 8; r++)
-                for (int h = 0; h < 2; h++)
+                for (int h = 0; h < halves; h++)
                     sum[r][h] = add ? _mm512_loadu_ps(c + (i + r) * ldc + j + 16 * h) : _mm512_setzero_ps();
             for (int l = 0; l < k; l += 2) {
                 __m512bh b0 = (__m512bh)_mm512_loadu_si512(b + l / 2 * ldb + j);
-                __m512bh b1 = (__m512bh)_mm512_loadu_si512(b + l / 2 * ldb + j + 16);
+                __m512bh b1 = (__m512bh)_mm512_loadu_si512(b + l / 2 * ldb + j + second);
                 for (int r = 0; r < 8; r++) {
                     int pair;
                     memcpy(&pair, a + (i + r) * lda + l, 4);
@@ -57,7 +64,7 @@ static void product(int m, int n, int k, const bf16 *a, long lda, const uint32_t
                 }
             }
             for (int r = 0; r < 8; r++)
-                for (int h = 0; h < 2; h++) _mm512_storeu_ps(c + (i + r) * ldc + j + 16 * h, sum[r][h]);
+                for (int h = 0; h < halves; h++) _mm512_storeu_ps(c + (i + r) * ldc + j + 16 * h, sum[r][h]);
         }
 }
 #endif
@@ -96,9 +103,9 @@ static __m512i pair(__m256i low, __m256i high) {
 }
 
 // Pairs of rows of (rows, wide) as words: (rows / 2, wide).
-static void pairs(int rows, int wide, const bf16 *from, uint32_t *to) {
+static void pairs(int rows, int wide, const bf16 *from, long ldf, uint32_t *to, long ldt) {
     for (int i = 0; i < rows; i += 2)
         for (int j = 0; j < wide; j += 16)
-            _mm512_storeu_si512(to + (long)i / 2 * wide + j, pair(_mm256_loadu_si256((const void *)(from + (long)i * wide + j)),
-                                _mm256_loadu_si256((const void *)(from + (long)(i + 1) * wide + j))));
+            _mm512_storeu_si512(to + i / 2 * ldt + j, pair(_mm256_loadu_si256((const void *)(from + i * ldf + j)),
+                                _mm256_loadu_si256((const void *)(from + (i + 1) * ldf + j))));
 }
