@@ -30,8 +30,8 @@ GRAPH: dict[str, set[str]] = {
     "weights": {"errors"},
     "load": {"errors", "weights"},
     "sites": {"errors", "patterns", "weights"},
-    "core": {"errors", "sites", "weights"},
     "kernels": set(),                                 # faster equals of slow things
+    "core": {"errors", "kernels", "sites", "weights"},
     "formats.spec": set(),                            # what a method declares about its form on disk: data only
     "methods": {"core", "errors", "formats.spec", "kernels", "patterns", "sites", "weights"},
     "combine": {"core", "errors", "methods", "sites", "weights"},

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .edit import Edit
 from .errors import UserError
 from .group import Part, Stacks, run, together
+from .kernels import low_rank
 from .pool import Pools
 from .route import UNSET, Context, cell, cut, levels, wanted
 from .sites import Site
@@ -102,10 +103,19 @@ class Tap(Unsaved):
     def pre(self, x: Tensor, ctx: Context) -> Tensor:
         return self._run(self.pres, None, x, ctx)
 
-    def post(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
+    def post(self, x: Tensor, y: Tensor, ctx: Context, weight: Tensor | None = None) -> Tensor:
+        """y edited; weight: the frozen one that made y of x, if that is all there was to it."""
+        if weight is not None and (factors := self._sole(ctx)) is not None and low_rank.takes(x, y, *factors[:2]):
+            return low_rank.added(x, y.detach(), *factors, weight)
         if self.features is None:
             return self._run(self.posts, x, y, ctx)
         return y.index_copy(-1, self.features, self._run(self.posts, x, y[..., self.features], ctx))
+
+    def _sole(self, ctx: Context) -> tuple[Tensor, Tensor, float] | None:
+        """The factors of the edit that every row has here, if it is one alone and has them."""
+        found = [part for level in ctx.route for part in level if part[0] in self.posts]
+        sole = len(found) == 1 and found[0][1:] == (None, 1.0) and self.features is None
+        return self.posts[found[0][0]].factors() if sole else None
 
     def _run(self, edits: dict[str, Edit], x: Tensor | None, t: Tensor, ctx: Context) -> Tensor:
         """Every edit the route asks for, level by level; x is None for an edit of the input itself."""
@@ -193,10 +203,21 @@ def exit_hook(module: nn.Module, args: tuple, out: Any) -> Any:
     for tap in module.taps_out:
         if tap.posts:
             ctx, edited = tap.context(), True
-            y = tap.post(ctx.scratch.pop(tap.role, y) if tap.span else args[0], y, ctx)
+            if tap.span:
+                y = tap.post(ctx.scratch.pop(tap.role, y), y, ctx)
+            else:
+                y = tap.post(args[0], y, ctx, _frozen(module) if tap is module.taps_out[0] else None)
     if not edited:
         return None
     return (y, *out[1:]) if isinstance(out, tuple) else y
+
+
+def _frozen(module: nn.Module) -> Tensor | None:
+    """Its weight, if nobody wants a gradient of it and its output is that of a plain linear, with nothing after it but us."""
+    plain = type(module) is nn.Linear and "forward" not in vars(module) and len(module._forward_hooks) == 1
+    if not plain or not torch.is_grad_enabled() or any(p.requires_grad for p in module._parameters.values() if p is not None):
+        return None
+    return module.weight
 
 
 def install(site: Site, home: Any) -> Tap:

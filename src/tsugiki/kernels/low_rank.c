@@ -102,10 +102,10 @@ int low_rank_forward(const bf16 *x, const bf16 *y, const float *a, const float *
     return failed;
 }
 
-// With g the gradient by out and d = s g B: dx = d A; da (threads, UP(rank, 16), in) += d^T x and db (threads, UP(rank, 16), out)
-// += low^T g, of which the sums over threads are the gradients. dx may be null.
-int low_rank_backward(const bf16 *g, const bf16 *x, const float *a, const float *b, bf16 *dx, float *da, float *db, long tokens,
-                      long in, long n, int rank, float scale, int threads) {
+// With g the gradient by out and d = s g B: dx = d A, or += d A if `onto`; da (threads, UP(rank, 16), in) += d^T x and
+// db (threads, UP(rank, 16), out) += low^T g, of which the sums over threads are the gradients. dx may be null.
+int low_rank_backward(const bf16 *g, const bf16 *x, const float *a, const float *b, bf16 *dx, float *da, float *db, int onto,
+                      long tokens, long in, long n, int rank, float scale, int threads) {
     Factor first = {0}, second = {0};
     long tasks = (tokens + TOKENS - 1) / TOKENS, wide = in > n ? in : n;
     int failed = !factor(a, in, 1, rank, in, 1, 1, &first) || !factor(b, 1, rank, rank, n, 1, 0, &second);
@@ -123,7 +123,7 @@ int low_rank_backward(const bf16 *g, const bf16 *x, const float *a, const float 
             outer(low, rank, grad, n, db + (long)own * UP(rank, 16) * n, turned);
             down(grad, n, &second, rank, scale, sum, low);
             outer(low, rank, given, in, da + (long)own * UP(rank, 16) * in, turned);
-            if (dx) up(low, rank, &first, 0, dx + t * in, count, in);
+            if (dx) up(low, rank, &first, onto ? dx + t * in : 0, dx + t * in, count, in);
         }
         tiles_off();
         free(low), free(room), free(turned), free(sum);

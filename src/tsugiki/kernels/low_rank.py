@@ -24,29 +24,34 @@ def takes(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> bool:
         and not torch.compiler.is_compiling() and works()
 
 
-def added(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """y + scale * b (a x) in bfloat16, with a, b and a x rounded to it before a product, as in its twin; sums are float32."""
-    return Added.apply(x, y, a, b, scale)
+def added(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, weight: Tensor | None = None) -> Tensor:
+    """y + scale * b (a x) in bfloat16, with a, b and a x rounded to it before a product, as in its twin; sums are float32.
+
+    weight (out, in): y is x weight^T, perhaps with a constant, and has no gradient of its own: that of x is found here, in one.
+    """
+    return Added.apply(x, y, a, b, scale, weight)
 
 
 class Added(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(ctx, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, weight: Tensor | None) -> Tensor:
         x, y, a, b, ctx.scale = x.contiguous(), y.contiguous(), a.contiguous(), b.contiguous(), scale
         out = torch.empty_like(y)
         _checked(library().low_rank_forward(*map(pointer, (x, y, a, b, out)), *_sizes(x, a, b, scale)))
-        ctx.save_for_backward(x, a, b)
+        ctx.save_for_backward(x, a, b, weight)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        x, a, b = ctx.saved_tensors
-        g, threads, rank = grad.contiguous(), torch.get_num_threads(), len(a)
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        x, a, b, weight = ctx.saved_tensors
+        g, threads, rank, dx = grad.contiguous(), torch.get_num_threads(), len(a), None
+        if ctx.needs_input_grad[0]:
+            dx = torch.empty_like(x) if weight is None else g @ weight
         da, db = (torch.zeros(threads, -(-rank // 16) * 16, n) for n in (a.shape[1], b.shape[0]))
-        _checked(library().low_rank_backward(*map(pointer, (g, x, a, b, dx, da, db)), *_sizes(x, a, b, ctx.scale)))
-        return dx, grad, da[:, :rank].sum(0), db[:, :rank].sum(0).t(), None
+        _checked(library().low_rank_backward(*map(pointer, (g, x, a, b, dx, da, db)), int(weight is not None),
+                                             *_sizes(x, a, b, ctx.scale)))
+        return dx, grad if ctx.needs_input_grad[1] else None, da[:, :rank].sum(0), db[:, :rank].sum(0).t(), None, None
 
 
 def _sizes(x: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple:
