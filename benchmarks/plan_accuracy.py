@@ -53,6 +53,7 @@ def steps(config, method, rows: int, length: int, dtype, count: int, folder: Pat
     from tsugiki.data.render import Example
     from tsugiki.formats import save
     from tsugiki.train import checkpoint
+    from tsugiki.train.layout import quick
     from tsugiki.train.optim import adamw
     from tsugiki.train.step import train_step
     full = not method.parts
@@ -66,13 +67,14 @@ def steps(config, method, rows: int, length: int, dtype, count: int, folder: Pat
     examples = [Example(torch.randint(0, 8192, (length,), generator=draw).tolist(), [False] + [True] * (length - 1), "")
                 for _ in range(rows)]
     batch, took = collate(examples, [[i] for i in range(rows)], 0), []
-    for step in range(count):
-        began = time.perf_counter()
-        train_step(model, [batch], params, optimizer, clip=1.0, step=step + 1, where=str,
-                   route=lambda b: {} if full else {"adapter_ids": "a"}, autocast=autocast,
-                   **({} if full else {"penalty": lambda: method.penalty(adapter),
-                                       "after": lambda: method.after_step(adapter, step + 1, count)}))  # noqa: B023
-        took.append(time.perf_counter() - began)
+    with quick(model, packed=False):                  # as in a run
+        for step in range(count):
+            began = time.perf_counter()
+            train_step(model, [batch], params, optimizer, clip=1.0, step=step + 1, where=str,
+                       route=lambda b: {} if full else {"adapter_ids": "a"}, autocast=autocast,
+                       **({} if full else {"penalty": lambda: method.penalty(adapter),
+                                           "after": lambda: method.after_step(adapter, step + 1, count)}))  # noqa: B023
+            took.append(time.perf_counter() - began)
     found = {"seconds": min(took), "peak": resident("VmHWM")}
     if folder is not None:
         path = checkpoint.save(folder / "checkpoints", count, params, optimizer, {}, 1, None, {} if full else adapter.buffers())

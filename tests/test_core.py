@@ -142,6 +142,7 @@ def test_generate_in_one_left_padded_batch_equals_alone_with_and_without_cache_a
     assert not torch.equal(together[:-1, 6:], model.generate(**batch, adapter_ids=[None] * len(who), **plain)[:-1, 6:])
 
 
+@pytest.mark.share(2)
 @family
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_is_exact_with_two_forwards_before_a_backward(kind, reentrant):

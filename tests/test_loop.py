@@ -20,6 +20,7 @@ LOOKS = {"never": {"held": False}, "at the ends": {"held": True},
          "every other step, by choice": {"held": True, "eval_steps": 2, "eval": {"metric": "choice"}}}
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("name", CASES)
 def test_evaluating_every_step_or_never_trains_the_same_bits(name, tmp_path):
     found = {}
@@ -38,6 +39,7 @@ def test_logging_and_saving_more_or_less_often_trains_the_same_bits(tmp_path):
     assert not same(result_bits(go(config(tmp_path / "b" / "run", "lora+dropout", seed=1))), want)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("name", CASES)
 def test_training_and_evaluating_touch_no_global_generator(name, tmp_path):
     model = llama()
@@ -104,6 +106,7 @@ def test_a_second_signal_acts_as_usual(tmp_path, monkeypatch):
     assert newest(tmp_path / "run").name == "step-00000002"
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("name", CASES)
 def test_a_fault_in_a_frozen_weight_stops_the_run_and_the_checkpoint_is_good(name, tmp_path, monkeypatch):
     """A NaN comes into one token's embedding before step 6: nothing after step 5 is kept, and the run can go on from there."""

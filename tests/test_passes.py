@@ -15,6 +15,7 @@ from tsugiki.kernels import head, low_rank, native, passes
 from tsugiki.kernels.passes import Gated, RMSNorm, Rotary, single
 from tsugiki.methods import LoRA
 from tsugiki.sites import FAMILIES
+from tsugiki.train.compiled import compiling
 
 pytestmark = pytest.mark.skipif(native.library() is None,
                                 reason="no gcc here, or a processor that does not multiply bfloat16: there is no compiled kernel")
@@ -267,3 +268,12 @@ def test_lora_takes_the_kernel_where_it_computes_the_same(settings, taken, monke
     for name, g in grads.items():
         assert (g - wanted[name]).norm() <= 0.05 * wanted[name].norm(), name
     assert all(g is not None for g in everything[1].values())
+
+
+def test_layers_with_single_passes_are_compiled_only_where_it_is_asked_for():
+    model, said = tiny("llama").float(), []
+    with single(model):
+        for wish, want in (("auto", False), ("on", True)):
+            with compiling(model.model.layers, wish, 1e30, torch.device("cpu"), said.append) as made:
+                assert made.on == want
+    assert not said

@@ -24,6 +24,7 @@ from tsugiki.edit import Config
 from tsugiki.errors import UserError
 from tsugiki.evaluate.answers import room
 from tsugiki.kernels.attention import by_document
+from tsugiki.kernels.passes import single
 from tsugiki.load import base_path, load_tokenizer, stored_dtype
 from tsugiki.methods import Full
 from tsugiki.rates import seconds
@@ -193,7 +194,8 @@ def _count(case: _Case, read: PretrainedConfig, fake: bool = True) -> _Count:
     """Set up, take one update so that the moments are there, then count a step."""
     with Ledger(fake) as ledger, tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         model, adapter, params = _set_up(case, read)
-        stack.enter_context(by_document(model))       # as in a run
+        stack.enter_context(by_document(model))       # both as in a run
+        stack.enter_context(single(model))
         length = min(case.length, room(model) or case.length)
         job = _job(case, length, model, adapter, params)
         if adapter is not None:                       # a start made from data may change shapes

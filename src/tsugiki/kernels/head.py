@@ -5,14 +5,14 @@ its chunk, and backward only scales what forward left: the gradient by the hidde
 """
 from __future__ import annotations
 
-import ctypes
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from tsugiki.kernels.native import close, library, pointer
+from tsugiki.kernels.native import close, library, run
 
 LOGITS = 1 << 23              # logits made at once; twice as many where they stay in 16 bits
 
@@ -44,8 +44,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, made: Tensor | None) -> Tensor:
     """The losses; their gradients by hidden go into `made`, if there is one."""
     losses = []
-    known = (targets >= 0) & (targets < len(weight))                          # torch refuses others
-    compiled = hidden.dtype is torch.bfloat16 and hidden.device.type == "cpu" and bool(known.all()) and _works()
+    compiled = hidden.dtype is torch.bfloat16 and hidden.device.type == "cpu" and not is_in_torch_dispatch_mode() and _works() \
+        and bool(((targets >= 0) & (targets < len(weight))).all())            # torch refuses others
     for h, t, at in _chunks(hidden, weight, targets, 2 * LOGITS if compiled else LOGITS):
         logits = F.linear(h, weight, bias)                                     # (n, V)
         if compiled:
@@ -62,8 +62,7 @@ def _losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
 def _compiled(logits: Tensor, targets: Tensor, back: bool) -> Tensor:
     """The losses of bfloat16 logits in float32, by passes.c; if `back`, the logits become their gradient."""
     losses = torch.empty(len(logits))
-    library().head_losses(*map(pointer, (logits, targets.contiguous(), losses)), *map(ctypes.c_long, logits.shape), int(back),
-                          torch.get_num_threads())
+    run("head_losses", logits, targets.contiguous(), losses, *logits.shape, int(back), torch.get_num_threads())
     return losses
 
 

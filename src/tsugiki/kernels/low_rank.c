@@ -79,8 +79,8 @@ static void outer(const bf16 *low, int rank, const bf16 *x, long n, float *sum, 
     }
 }
 
-int low_rank_forward(const bf16 *x, const bf16 *y, const float *a, const float *b, bf16 *out, long tokens, long in, long n, int rank,
-                     float scale, int threads) {
+int low_rank_forward(const bf16 *x, const bf16 *y, const float *a, const float *b, bf16 *out, long tokens, long in, long n, long rank,
+                     float scale, long threads) {
     Factor first = {0}, second = {0};
     int failed = !factor(a, in, 1, rank, in, 1, 0, &first) || !factor(b, 1, rank, rank, n, 0, 1, &second);
 #pragma omp parallel num_threads(threads)
@@ -104,8 +104,8 @@ int low_rank_forward(const bf16 *x, const bf16 *y, const float *a, const float *
 
 // With g the gradient by out and d = s g B: dx = d A, or += d A if `onto`; da (threads, UP(rank, 16), in) += d^T x and
 // db (threads, UP(rank, 16), out) += low^T g, of which the sums over threads are the gradients. dx may be null.
-int low_rank_backward(const bf16 *g, const bf16 *x, const float *a, const float *b, bf16 *dx, float *da, float *db, int onto,
-                      long tokens, long in, long n, int rank, float scale, int threads) {
+int low_rank_backward(const bf16 *g, const bf16 *x, const float *a, const float *b, bf16 *dx, float *da, float *db, long onto,
+                      long tokens, long in, long n, long rank, float scale, long threads) {
     Factor first = {0}, second = {0};
     long tasks = (tokens + TOKENS - 1) / TOKENS, wide = in > n ? in : n;
     int failed = !factor(a, in, 1, rank, in, 1, 1, &first) || !factor(b, 1, rank, rank, n, 1, 0, &second);

@@ -4,13 +4,13 @@ Its plain twin is LoRA's own formula; it serves where this does not.
 """
 from __future__ import annotations
 
-import ctypes
 from functools import cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from tsugiki.kernels.native import close, library, pointer, processor
+from tsugiki.kernels.native import close, library, processor, run
 
 MOST = 64                     # rank: beyond, matrix products are as quick
 BLOCK = 32                    # widths are multiples of it
@@ -21,7 +21,7 @@ def takes(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> bool:
     """Whether `added` computes this. x (..., in), y (..., out), a (r, in), b (out, r)."""
     return x.dtype is y.dtype is torch.bfloat16 and a.dtype is b.dtype is torch.float32 and a.dim() == 2 and len(a) <= MOST \
         and x.device.type == "cpu" and x.numel() >= FEW * x.shape[-1] and x.shape[-1] % BLOCK == y.shape[-1] % BLOCK == 0 \
-        and not torch.compiler.is_compiling() and works()
+        and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode() and works()     # a rehearsal counts products
 
 
 def added(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, weight: Tensor | None = None) -> Tensor:
@@ -37,7 +37,7 @@ class Added(torch.autograd.Function):
     def forward(ctx, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, weight: Tensor | None) -> Tensor:
         x, y, a, b, ctx.scale = x.contiguous(), y.contiguous(), a.contiguous(), b.contiguous(), scale
         out = torch.empty_like(y)
-        _checked(library().low_rank_forward(*map(pointer, (x, y, a, b, out)), *_sizes(x, a, b, scale)))
+        _checked(run("low_rank_forward", x, y, a, b, out, *_sizes(x, a, b, scale)))
         ctx.save_for_backward(x, a, b, weight)
         return out
 
@@ -49,14 +49,12 @@ class Added(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(x) if weight is None else g @ weight
         da, db = (torch.zeros(threads, -(-rank // 16) * 16, n) for n in (a.shape[1], b.shape[0]))
-        _checked(library().low_rank_backward(*map(pointer, (g, x, a, b, dx, da, db)), int(weight is not None),
-                                             *_sizes(x, a, b, ctx.scale)))
+        _checked(run("low_rank_backward", g, x, a, b, dx, da, db, int(weight is not None), *_sizes(x, a, b, ctx.scale)))
         return dx, grad if ctx.needs_input_grad[1] else None, da[:, :rank].sum(0), db[:, :rank].sum(0).t(), None, None
 
 
 def _sizes(x: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple:
-    width, rank = a.shape[1], len(a)
-    return (*map(ctypes.c_long, (x.numel() // width, width, len(b))), rank, ctypes.c_float(scale), torch.get_num_threads())
+    return x.numel() // a.shape[1], a.shape[1], len(b), len(a), scale, torch.get_num_threads()
 
 
 def _checked(failed: int) -> None:

@@ -14,8 +14,10 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FOLDER = Path(__file__).parent
 SOURCES = ("documents.c", "low_rank.c", "passes.c")
@@ -23,8 +25,17 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")     # OpenMP: t
 CLOSE = 0.02                                          # how near to its plain twin a kernel must be in bfloat16, relatively
 
 
-def pointer(t: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if t is None else t.data_ptr())
+def run(name: str, *args: Any) -> int:
+    """Call a kernel; tensors go as addresses. With tensors that have no numbers (a rehearsal's) nothing is to be done."""
+    if any(isinstance(a, FakeTensor) for a in args):
+        return 0
+    return getattr(library(), name)(*(_argument(a) for a in args))
+
+
+def _argument(a: Any) -> Any:
+    if a is None or isinstance(a, Tensor):
+        return ctypes.c_void_p(None if a is None else a.data_ptr())
+    return ctypes.c_float(a) if isinstance(a, float) else ctypes.c_long(a) if isinstance(a, int) else a
 
 
 def close(made: Tensor, wanted: Tensor, within: float | None = None) -> bool:

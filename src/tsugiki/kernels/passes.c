@@ -32,8 +32,8 @@ INLINE void norm_row(const void *x, const void *w, void *y, float *scale, long d
     }
 }
 
-void norm_forward(const void *x, const void *w, void *y, float *scale, long rows, long d, float eps, float offset, int inner,
-                  int wide, int threads) {
+void norm_forward(const void *x, const void *w, void *y, float *scale, long rows, long d, float eps, float offset, long inner,
+                  long wide, long threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long i = 0; i < rows; i++) {
         long at = i * d * (wide ? 4 : 2);
@@ -63,7 +63,7 @@ INLINE void norm_row_back(const void *g, const void *x, const void *w, void *dx,
 
 // dw: (threads, d) zeros, of which the sum is the gradient; or null.
 void norm_backward(const void *g, const void *x, const void *w, const float *scale, void *dx, float *dw, long rows, long d,
-                   float offset, int wide, int threads) {
+                   float offset, long wide, long threads) {
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int t = 0; t < threads; t++)
         for (long i = rows * t / threads; i < rows * (t + 1) / threads; i++) {
@@ -121,12 +121,12 @@ INLINE void gated_part_back(const void *g, const void *a, const void *b, void *d
         if (wide) call_wide; else call;                                                                                            \
     }
 
-void gated_forward(const void *a, const void *b, void *y, long n, int tanh, int wide, int threads) {
+void gated_forward(const void *a, const void *b, void *y, long n, long tanh, long wide, long threads) {
     if (tanh) EACH(gated_part(a, b, y, from, to, 1, 1), gated_part(a, b, y, from, to, 1, 0))
     else EACH(gated_part(a, b, y, from, to, 0, 1), gated_part(a, b, y, from, to, 0, 0))
 }
 
-void gated_backward(const void *g, const void *a, const void *b, void *da, void *db, long n, int tanh, int wide, int threads) {
+void gated_backward(const void *g, const void *a, const void *b, void *da, void *db, long n, long tanh, long wide, long threads) {
     if (tanh) EACH(gated_part_back(g, a, b, da, db, from, to, 1, 1), gated_part_back(g, a, b, da, db, from, to, 1, 0))
     else EACH(gated_part_back(g, a, b, da, db, from, to, 0, 1), gated_part_back(g, a, b, da, db, from, to, 0, 0))
 }
@@ -152,7 +152,7 @@ INLINE void turn_head(const void *x, const void *cos, const void *sin, void *y, 
 }
 
 void rotary(const void *x, const void *cos, const void *sin, void *y, const long *shape, const long *from, const long *to,
-            long angle_row, int back, int wide, int wide_angle, int wide_out, int threads) {
+            long angle_row, long back, long wide, long wide_angle, long wide_out, long threads) {
     long rows = shape[0], tokens = shape[1], heads = shape[2], d = shape[3];
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long i = 0; i < rows * tokens; i++) {
@@ -187,7 +187,7 @@ static float loss_row(bf16 *x, long n, long target, int back) {
     return logf(all) + top - own;
 }
 
-void head_losses(bf16 *logits, const int64_t *targets, float *losses, long rows, long n, int back, int threads) {
+void head_losses(bf16 *logits, const int64_t *targets, float *losses, long rows, long n, long back, long threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long i = 0; i < rows; i++) losses[i] = loss_row(logits + i * n, n, targets[i], back);
 }

@@ -9,17 +9,17 @@ import copy
 import ctypes
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
-from tsugiki.kernels.native import close, library, pointer
+from tsugiki.kernels.native import close, library, run
 
 KINDS = (torch.bfloat16, torch.float32)
 NEAR = {torch.bfloat16: 5e-4, torch.float32: 1e-5}    # relatively, in a probe: nearer than another way to round, or another GELU
@@ -46,8 +46,8 @@ class RMSNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, offset: float, inner: bool) -> Tensor:
         x, y, ctx.offset = x.contiguous(), torch.empty(x.shape, dtype=x.dtype), offset
         scale = torch.empty(x.shape[:-1], dtype=torch.float32)
-        library().norm_forward(pointer(x), pointer(weight), pointer(y), pointer(scale), *_long(scale.numel(), x.shape[-1]),
-                               ctypes.c_float(eps), ctypes.c_float(offset), int(inner), _wide(x), torch.get_num_threads())
+        run("norm_forward", x, weight, y, scale, scale.numel(), x.shape[-1], eps, offset, int(inner), _wide(x),
+            torch.get_num_threads())
         ctx.save_for_backward(x, weight, scale)
         return y
 
@@ -57,8 +57,7 @@ class RMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         grad, dx, threads = grad.contiguous(), torch.empty_like(x), torch.get_num_threads()
         dw = torch.zeros(threads, x.shape[-1]) if ctx.needs_input_grad[1] else None
-        library().norm_backward(pointer(grad), pointer(x), pointer(weight), pointer(scale), pointer(dx), pointer(dw),
-                                *_long(scale.numel(), x.shape[-1]), ctypes.c_float(ctx.offset), _wide(x), threads)
+        run("norm_backward", grad, x, weight, scale, dx, dw, scale.numel(), x.shape[-1], ctx.offset, _wide(x), threads)
         return dx, None if dw is None else dw.sum(0).to(weight.dtype), None, None, None
 
 
@@ -69,7 +68,7 @@ class Gated(torch.autograd.Function):
     def forward(ctx, a: Tensor, b: Tensor, tanh: bool) -> Tensor:
         a, b, ctx.tanh = a.contiguous(), b.contiguous(), tanh
         y = torch.empty_like(a)
-        library().gated_forward(pointer(a), pointer(b), pointer(y), *_long(a.numel()), int(tanh), _wide(a), torch.get_num_threads())
+        run("gated_forward", a, b, y, a.numel(), int(tanh), _wide(a), torch.get_num_threads())
         ctx.save_for_backward(a, b)
         return y
 
@@ -78,8 +77,7 @@ class Gated(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         a, b = ctx.saved_tensors
         grad, da, db = grad.contiguous(), torch.empty_like(a), torch.empty_like(b)
-        library().gated_backward(*map(pointer, (grad, a, b, da, db)), *_long(a.numel()), int(ctx.tanh), _wide(a),
-                                 torch.get_num_threads())
+        run("gated_backward", grad, a, b, da, db, a.numel(), int(ctx.tanh), _wide(a), torch.get_num_threads())
         return da, db, None
 
 
@@ -103,14 +101,14 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, back: bool)
     x = x if x.stride(3) == 1 else x.contiguous()
     b, h, t, d = x.shape
     y = torch.empty(b, t, h, d, dtype=dtype).transpose(1, 2)                # as the linear before it lays its output out
-    strides = [_long(v.stride(0), v.stride(2), v.stride(1)) for v in (x, y)]
-    library().rotary(*map(pointer, (x, cos, sin, y)), (ctypes.c_long * 4)(b, t, h, d), *((ctypes.c_long * 3)(*s) for s in strides),
-                     *_long(t * d if cos.shape[0] > 1 else 0), int(back), _wide(x), _wide(cos), _wide(y), torch.get_num_threads())
+    strides = [_longs(v.stride(0), v.stride(2), v.stride(1)) for v in (x, y)]
+    run("rotary", x, cos, sin, y, _longs(b, t, h, d), *strides, t * d if cos.shape[0] > 1 else 0, int(back), _wide(x), _wide(cos),
+        _wide(y), torch.get_num_threads())
     return y
 
 
-def _long(*numbers: int) -> tuple[ctypes.c_long, ...]:
-    return tuple(map(ctypes.c_long, numbers))
+def _longs(*numbers: int) -> ctypes.Array:
+    return (ctypes.c_long * len(numbers))(*numbers)
 
 
 # What stands in for a module's forward or a modeling file's function. Each goes back to it for what the kernel does not take.
@@ -161,10 +159,12 @@ def single(model: nn.Module) -> Iterator[int]:
     """Inside, the model's passes are single ones, where a probe shows that they do what they did; yields how many."""
     with ExitStack() as stack:
         found = 0
-        if library() is not None:
+        if library() is not None and model.dtype in KINDS:
             for module in model.modules():
                 for stands_in in (*_norms(module), *_mlps(module)):
-                    if "forward" not in vars(module) and _same(module, stands_in):
+                    with _disable_current_modes():    # a rehearsal's: a probe needs numbers
+                        same = "forward" not in vars(module) and _same(module, stands_in)
+                    if same:
                         module.forward = stands_in
                         stack.callback(_restore, module, stands_in)
                         found += 1
@@ -174,6 +174,11 @@ def single(model: nn.Module) -> Iterator[int]:
                 if hasattr(where, ROTARY):
                     found += stack.enter_context(_rotating(where))
         yield found
+
+
+def has_single(layers: Sequence[nn.Module]) -> bool:
+    """Whether passes of these layers are single ones now, so that a compiler has little left to fuse."""
+    return any(isinstance(vars(module).get("forward"), (Norm, GatedMLP)) for layer in layers for module in layer.modules())
 
 
 def _restore(module: nn.Module, stands_in: object) -> None:
@@ -186,7 +191,7 @@ def _norms(module: nn.Module) -> Iterator[Norm]:
     weight = module._parameters.get("weight")
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if "RMSNorm" in type(module).__name__ and len(module._parameters) == 1 and weight is not None and weight.dim() == 1 \
-            and isinstance(eps, float) and weight.device.type == "cpu":
+            and isinstance(eps, float) and weight.device.type == "cpu" and weight.dtype in KINDS:
         for offset, inner in ((0.0, True), (1.0, False), (0.0, False)):
             yield Norm(module, module.forward, eps, offset, inner)
 
@@ -200,21 +205,29 @@ def _mlps(module: nn.Module) -> Iterator[GatedMLP]:
 
 @torch.no_grad()
 def _same(module: nn.Module, stands_in: Norm | GatedMLP) -> bool:
-    """Whether both make the same of random numbers."""
+    """Whether both make the same of random numbers, with random weights."""
     norm = isinstance(stands_in, Norm)
-    weight = module.weight if norm else module.gate_proj.weight
-    if weight.dtype not in KINDS or weight.device.type != "cpu":
-        return False
-    x = 4 * torch.randn(1, -(-FEW // weight.shape[-1]), weight.shape[-1], generator=torch.Generator().manual_seed(0))
+    dtype = module.weight.dtype if norm else torch.float32
+    width = len(module.weight) if norm else 64
+    x = (4 * _draw(-(-FEW // width), width)).to(dtype)
+    bare = copy.copy(module)
     try:
         if norm:
-            x = x.to(weight.dtype)
-            made, wanted = stands_in(x), stands_in.plain(x)
-        else:
-            made, wanted = 2 * Gated.apply(x, -x, stands_in.tanh), _between(module, x)
+            weight = (1 + 0.5 * _draw(width)).to(dtype)
+            bare.__dict__["_parameters"] = {"weight": weight}
+            made = RMSNorm.apply(x, weight, stands_in.eps, stands_in.offset, stands_in.inner)
+        else:                                         # 2 act(x) (-x), if it is one of these
+            by = {"gate_proj": 1.0, "up_proj": -1.0, "down_proj": 2.0}
+            bare.__dict__["_modules"] = module._modules | {name: _Times(factor) for name, factor in by.items()}
+            made = 2 * Gated.apply(x, -x, stands_in.tanh)
+        wanted = type(module).forward(bare, x)
     except (TypeError, ValueError, RuntimeError, AttributeError):             # its forward takes something else
         return False
     return made.dtype == wanted.dtype and made.shape == wanted.shape and close(made, wanted, NEAR[made.dtype])
+
+
+def _draw(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
 
 
 class _Times(nn.Module):
@@ -226,13 +239,6 @@ class _Times(nn.Module):
         return x * self.factor
 
 
-def _between(mlp: nn.Module, x: Tensor) -> Tensor:
-    """What an MLP makes of x where its gate gives x, up -x, and down doubles: 2 act(x) (-x), if it is one of these."""
-    bare = copy.copy(mlp)
-    bare.__dict__["_modules"] = mlp._modules | {f"{n}_proj": _Times(by) for n, by in (("gate", 1.0), ("up", -1.0), ("down", 2.0))}
-    return type(mlp).forward(bare, x)
-
-
 _lock, _users = threading.Lock(), dict[str, int]()
 
 
@@ -242,7 +248,9 @@ def _rotating(where: ModuleType) -> Iterator[bool]:
     name = where.__name__
     with _lock:
         there = getattr(where, ROTARY)
-        if not isinstance(there, Rotation) and _rotates(there):
+        with _disable_current_modes():
+            rotates = not isinstance(there, Rotation) and _rotates(there)
+        if rotates:
             setattr(where, ROTARY, Rotation(there))
         on = isinstance(getattr(where, ROTARY), Rotation)
         _users[name] = _users.get(name, 0) + on
@@ -258,8 +266,7 @@ def _rotating(where: ModuleType) -> Iterator[bool]:
 
 @torch.no_grad()
 def _rotates(plain: Callable[..., tuple[Tensor, Tensor]]) -> bool:
-    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    q, k, cos, sin = draw(2, 4, 16, 32), draw(2, 4, 16, 32), draw(2, 16, 32), draw(2, 16, 32)
+    q, k, cos, sin = _draw(2, 4, 16, 32), _draw(2, 4, 16, 32).neg(), _draw(2, 16, 32), _draw(2, 16, 32).neg()
     try:
         wanted = plain(q, k, cos, sin)
     except (TypeError, ValueError, RuntimeError, IndexError):                # it has another signature or takes other shapes

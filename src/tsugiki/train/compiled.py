@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from tsugiki.kernels.passes import has_single
+
 # Compiling takes about a minute and makes a step some tenth quicker, so it pays from about a quarter of an hour on: this many
 # operations, at what a good machine of the kind does in a second. Estimates from two CPUs; no GPU was at hand.
 WORTH = {"cpu": 15 * 60 * 1e12, "cuda": 15 * 60 * 3e14}
@@ -37,6 +39,8 @@ def compiling(layers: Sequence[nn.Module], wish: str, work: float, device: torch
               say: Callable[[str], None]) -> Iterator[Layers]:
     """The layers, compiled inside if `wish` is "on", or "auto" and `work` (floating-point operations of the run) is worth it."""
     worth, on = WORTH.get(device.type, float("inf")), wish == "on"
+    if device.type == "cpu" and has_single(layers):                           # no quicker than these, when measured
+        worth = float("inf")
     if wish == "auto" and work >= worth and not any(getattr(layer, "_compiled_call_impl", None) for layer in layers):
         if (missing := _missing(device)) is None:
             on = True
