@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from kit import PAD, TOKENIZER, llama
 from test_step import rows
-from tiny import EXACT, LOOSER, tiny
+from tiny import EXACT, LOOSER, fill, tiny
 
 from tsugiki.adapters import attach
 from tsugiki.config import TrainConfig
@@ -17,7 +17,7 @@ from tsugiki.kernels import documents as compiled
 from tsugiki.kernels import head, low_rank, native
 from tsugiki.kernels.attention import BLOCK, active, by_document, documents, groups
 from tsugiki.kernels.head import head_losses
-from tsugiki.methods import LoRA
+from tsugiki.methods import METHODS, LoRA
 from tsugiki.sites import FAMILIES
 from tsugiki.train import loss as loss_module
 from tsugiki.train.layout import arranged, packs
@@ -225,6 +225,31 @@ def test_a_model_that_does_more_with_its_logits_is_told_from_one_that_does_not()
             want = F.cross_entropy(model(batch.ids).logits[at], batch.targets[at], reduction="none")
             assert (losses - want).abs().max() <= EXACT
         assert (model in loss_module._has_tail) == (kind == "gemma2")
+
+
+@pytest.mark.parametrize("method", [None, "prefix", "prompt", "llama_adapter"])
+def test_rows_filled_up_at_the_right_need_no_mask_and_those_at_the_left_do(method, monkeypatch):
+    """Real tokens' logits and the gradients from them are those of transformers' sdpa; numbers of fillers reach none of them."""
+    model, calls, plain = tiny("llama", F64), [], documents._opoverload
+    if method:
+        fill(attach(model).add("a", METHODS[method]()))
+    real = torch.tensor([9, 4, 7])
+    mask = (torch.arange(9) < real[:, None]).long()
+    ids = torch.randint(3, 100, (3, 9), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("tsugiki.kernels.attention.documents", lambda *a: (calls.append(1), plain(*a))[1])
+
+    def both(ids, mask):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+        params = [p for p in model.parameters() if p.requires_grad]
+        return [logits, *(torch.autograd.grad(logits.square().sum(), params) if params else ())]
+    for given, fast in ((mask, True), (mask.flip(1), False)):
+        want = both(ids, given)
+        with by_document(model):
+            calls.clear()
+            got, other = both(ids, given), both(torch.where(given.bool(), ids, 5), given)
+        assert bool(calls) == fast
+        assert all((a - b).abs().max() <= EXACT * b.abs().max().clamp_min(1) and torch.equal(a, c)
+                   for a, b, c in zip(got, want, other, strict=True))
 
 
 def test_generation_and_padded_masks_still_work_while_attention_goes_by_document():

@@ -11,6 +11,7 @@ from tiny import tiny
 from torch import nn
 
 from tsugiki.adapters import attach
+from tsugiki.evaluate.packed import Packed, packed
 from tsugiki.kernels import head, low_rank, native, passes
 from tsugiki.kernels.passes import Gated, RMSNorm, Rotary, single
 from tsugiki.methods import LoRA
@@ -122,6 +123,26 @@ def test_low_rank_products_are_nearer_to_the_truth(rank, tokens, width, out):
         assert (m - t).norm() <= 1.05 * (p - t).norm() + 1e-6 * t.norm()
 
 
+@pytest.mark.parametrize("rank, width, out", [(1, 32, 64), (8, 96, 32), (17, 2048, 4096)])
+def test_rows_with_low_rank_changes_of_their_own_are_nearer_to_the_truth(rank, width, out):
+    x, y, place = draw(7, 1, width).to(BF16), draw(7, 1, out, seed=1).to(BF16), torch.tensor([2, -1, 0, 2, 1, -1, 0])
+    a, b, scale = draw(3 * rank, width, seed=2).to(BF16), draw(3 * rank, out, seed=3).to(BF16), draw(3 * rank, seed=4).to(BF16)
+
+    def plain(dtype):
+        rows = []
+        for i, p in enumerate(place.tolist()):
+            of = slice(p * rank, (p + 1) * rank)
+            low = F.linear(x[i].to(dtype), a[of].to(dtype)) * scale[of].to(dtype)
+            rows.append(y[i].to(dtype) + (low @ b[of].to(dtype) if p >= 0 else 0))
+        return torch.stack(rows)
+    truth, ours = plain(F64), low_rank.own(x, y, a, b, scale, place, rank)
+    assert ours.dtype == BF16 and (ours - truth).norm() <= 1.05 * (plain(BF16) - truth).norm()
+    assert torch.equal(ours[place < 0], y[place < 0])
+    a[rank], b[2 * rank - 1, 0] = float("nan"), float("inf")                    # of adapter 1
+    broken = low_rank.own(x, y, a, b, scale, place, rank)
+    assert torch.equal(broken[place != 1], ours[place != 1]) and not broken[place == 1].isfinite().all()
+
+
 def test_what_is_not_finite_stays_in_its_row():
     x = draw(40, 64).to(BF16)
     broken = x.clone()
@@ -229,6 +250,14 @@ def test_several_runs_may_be_inside_at_once_and_a_copied_model_is_its_own():
     second.__exit__(None, None, None)
     assert getattr(modeling, passes.ROTARY) is function and not replaced(other)
     assert all(m.forward.module is m for m in replaced(copied))
+
+
+def test_a_copy_that_decodes_with_packed_weights_has_passes_of_its_own():
+    model = tiny("llama", hidden_size=128, intermediate_size=128).float()
+    with single(model):
+        body = packed(model, 1000)
+        mlps = [m for m in body.modules() if "gate_proj" in m._modules]
+        assert body is not model and mlps and all(m.forward.module is m and type(m.gate_proj) is Packed for m in mlps)
 
 
 def test_without_the_kernels_nothing_is_replaced(monkeypatch):

@@ -176,17 +176,18 @@ Written by `python benchmarks/train_speed.py --write-docs` from `benchmarks/resu
 """
 
 
-BOUNDS = """`python benchmarks/step_profile.py [--shape ...] [--compile]` prints it. On a processor without AMX the frozen weights'
-products take most of a step and already run at the rate of a product alone, so the gain over a peer is bounded by what the peer
-wastes: padding, logits of every token, quadratic masks, float32 adapters. With AMX those products are a third, and the passes over
-activations between them bound a step: norms, rotary, SwiGLU, sums, casts, which compiled layers halve, and the thin products of
-adapters. Attention was a third there too, until it was written in C (kernels/documents.c)."""
-
-
+BOUNDS = """`python benchmarks/step_profile.py [--shape ...] [--compile]` prints it. The frozen weights' products take the most of a
+step and run at the rate of a product alone, so the gain over a peer is bounded by what the peer wastes: padding, logits of every
+token, quadratic masks, float32 adapters, and, with AMX, where products are cheap, passes over activations. There attention, norms,
+gates, rotary embeddings, losses and LoRA's thin products are compiled (`python benchmarks/attention.py`, `benchmarks/passes.py`);
+before that they were two thirds of an eager step, and compiled layers made it a tenth quicker. Now they change nothing."""
 GENERATION = """`python benchmarks/generate_speed.py` measures it: greedy, the same prompts and as many new tokens, in turns.
 What is gained without early ends is the attention of one token and the packed weights; the products of 32 rows, which both do,
 bound it. Where rows end early ours leave the batch, theirs go on being computed. In bfloat16 two sides round differently, so rows
 may part where two logits tie, which random weights do often."""
+
+
+METHODS = """`python benchmarks/method_speed.py` measures it: the same model and rows, each method with its defaults, in turns."""
 
 
 def _profiles() -> list[str]:
@@ -212,22 +213,35 @@ def _generation() -> list[str]:
     return lines if found else []
 
 
+def _methods() -> list[str]:
+    """Steps of several methods beside LoRA's, from benchmarks/method_speed.py."""
+    lines = []
+    for key, found in _results("method_speed").items():
+        shape, cpu = key.split("/", 1)
+        of = {name: times[0] / found["seconds"]["lora"][0] for name, times in found["seconds"].items() if name != "lora"}
+        lines.append(f"- {shape}, {cpu}: a step of {found['tokens']:,} tokens takes LoRA {found['seconds']['lora'][0]:.2f} s; "
+                     + ", ".join(f"{name} {share:.2f} times that" for name, share in of.items()) + ".")
+    return lines
+
+
 def page(results: dict) -> str:
     """docs/benchmarks.md."""
     lines = [TEXT, "## Where Tsugiki loses", "", *_losing(results)]
     if profiles := _profiles():
         lines += ["", "## What bounds a step", "", BOUNDS, "", *profiles]
+    if methods := _methods():
+        lines += ["", "## Methods", "", METHODS, "", *methods]
     if generation := _generation():
         lines += ["", "## Generation", "", GENERATION, "", *generation]
     for found in results.values():
         v, r = found["versions"], found["rows"]
         title = ", ".join(filter(None, (found[k] for k in ("shape", "method", "data", "preload"))))
         title += ", layers compiled" if found.get("compiled") else ""
-        attention = "the compiled kernel" if found.get("native") else "products of torch's"
+        kernels = "compiled" if found.get("native") else "torch's"
         lines += ["", f"## {title}", "",
                   f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads, {found['device']}; Python "
                   f"{found['python']}, {', '.join(f'{k} {n}' for k, n in v.items())}; LD_PRELOAD {found['preload'] or 'not set'}.",
                   f"{SOURCES[found['data']]}: {r['rows']} rows, {r['tokens']:,} tokens, {r['trained']:,} trained; batches of "
                   f"{found['batch_size']}, at most {found['max_length']} tokens a row, {found['warmup']} + {found['steps']} steps, "
-                  f"turns by {found['turns']}. Tsugiki's attention: {attention}.", "", *table(found)]
+                  f"turns by {found['turns']}. Tsugiki's passes and attention: {kernels}.", "", *table(found)]
     return "\n".join(lines) + "\n"

@@ -1,10 +1,11 @@
 """Decoding under several low-rank adapters: their factors lie side by side, and all rows' changes are two products.
 
-With A the A's of n adapters above each other, (n * r, in), and B their B's beside each other, (out, n * r), a row's change is
-B (own * s * (A x)), where `own` leaves of the n * r numbers those of the row's own adapter. That is n times the work of each
-row's own product, and yet less time, as long as there are few rows: see benchmarks/serve_speed.py. A change of the
-batch's adapters copies the factors of those that came; the others keep their places. A pool is one thread's: another one that
-decodes makes its own, so nobody's factors change under his products.
+With A the A's of n adapters above each other, (n * r, in), and B their B's, (n * r, out), a row's change is (own * s * (A x)) B,
+where `own` leaves of the n * r numbers those of the row's own adapter. That is n times the work of each row's own product, and
+yet less time, as long as there are few rows: see benchmarks/serve_speed.py. In bfloat16, where it can be compiled, each row
+multiplies its own factors alone (kernels/low_rank.c). A change of the batch's adapters copies the factors of those that came; the
+others keep their places. A pool is one thread's: another one that decodes makes its own, so nobody's factors change under his
+products.
 """
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .edit import Edit
+from .kernels import low_rank
 from .route import Context, Level, Stack
 
 FEWEST = 2                                            # adapters from which it is used
@@ -33,7 +35,7 @@ class Pool:
         a, b, _ = factors[0]
         self.rank = max(len(a) for a, _, _ in factors)
         self.a = a.new_zeros(self.size * self.rank, a.shape[1], dtype=dtype)
-        self.b = b.new_zeros(b.shape[0], self.size * self.rank, dtype=dtype)
+        self.b = b.new_zeros(self.size * self.rank, b.shape[0], dtype=dtype)
         self.scale = a.new_zeros(self.size * self.rank, dtype=dtype)
 
     def places(self, edits: Sequence[Edit], known: Container[Edit]) -> list[int] | None:
@@ -56,12 +58,12 @@ class Pool:
             return False
         whole = slice(place * self.rank, (place + 1) * self.rank)
         if len(a) < self.rank:
-            self.a[whole], self.b[:, whole] = 0, 0
+            self.a[whole], self.b[whole] = 0, 0
         rows = slice(whole.start, whole.start + len(a))
-        self.a[rows], self.b[:, rows], self.scale[whole] = a.detach(), b.detach(), scale
+        self.a[rows], self.b[rows], self.scale[whole] = a.detach(), b.detach().t(), scale
         self.at[edit] = place, state(holders(edit))
         # A zero times what is not finite would reach the rows of the others.
-        return math.isfinite(float(self.a[rows].sum(dtype=torch.float64) + self.b[:, rows].sum(dtype=torch.float64)))
+        return math.isfinite(float(self.a[rows].sum(dtype=torch.float64) + self.b[rows].sum(dtype=torch.float64)))
 
 
 def holders(edit: Edit) -> list[tuple[dict, str]]:
@@ -85,12 +87,15 @@ class Plan:
     holders: tuple[tuple[dict, str], ...]             # where their numbers are from
     state: tuple
     pool: Pool | None                                 # None: nothing here is computed so
+    place: Tensor | None                              # (B,) int64: the row's own in the pool, or -1
     others: Tensor | None                             # (B, 1, n * r) bool: what is not a row's own
     rest: Level                                       # the adapters that are not in the pool
 
     def run(self, x: Tensor, y: Tensor) -> Tensor:
-        low = F.linear(x, self.pool.a).mul_(self.pool.scale).masked_fill_(self.others, 0)
-        return y + F.linear(low, self.pool.b)
+        pool = self.pool
+        if low_rank.takes_own(x, y, pool.rank):
+            return low_rank.own(x, y, pool.a, pool.b, pool.scale, self.place, pool.rank)
+        return y + F.linear(x, pool.a).mul_(pool.scale).masked_fill_(self.others, 0) @ pool.b
 
 
 class Pools:
@@ -128,16 +133,17 @@ class Pools:
                 places = pool.places(chosen, ())
             self.mine = thread, None if places is None else pool
             if places is not None:                    # else numbers that are not finite: each by itself
-                key = ("others", *places, *low, pool.size, pool.rank)
+                key = ("owns", *places, *low, pool.size, pool.rank)
                 if key not in ctx.scratch:
-                    ctx.scratch[key] = _others(ctx.rows, dict(zip(low, places, strict=True)), pool, t.device)
+                    ctx.scratch[key] = _owns(ctx.rows, dict(zip(low, places, strict=True)), pool, t.device)
                 of = tuple(holder for edit in chosen for holder in holders(edit))
-                return Plan(thread, ctx.rows, t.dtype, tuple(low), chosen, of, state(of), pool, ctx.scratch[key],
+                return Plan(thread, ctx.rows, t.dtype, tuple(low), chosen, of, state(of), pool, *ctx.scratch[key],
                             tuple(part for part in level if part[0] not in low or part[2] != 1.0))
-        return Plan(thread, ctx.rows, t.dtype, (), (), (), state(()), None, None, level)
+        return Plan(thread, ctx.rows, t.dtype, (), (), (), state(()), None, None, None, level)
 
 
-def _others(rows: Sequence[Stack], places: Mapping[str, int], pool: Pool, device: torch.device) -> Tensor:
-    """(B, 1, n * r) bool: which of the numbers of A x are not of the row's own adapter."""
+def _owns(rows: Sequence[Stack], places: Mapping[str, int], pool: Pool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(B,) int64, where each row's adapter lies, -1 for one that is elsewhere; (B, 1, n * r) bool: which of the numbers of A x are
+    not of the row's own adapter."""
     own = torch.tensor([places.get(stack[0][0], -1) if stack and stack[0][1] == 1.0 else -1 for stack in rows], device=device)
-    return (own[:, None] != torch.arange(pool.size, device=device).repeat_interleave(pool.rank))[:, None]
+    return own, (own[:, None] != torch.arange(pool.size, device=device).repeat_interleave(pool.rank))[:, None]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from tsugiki.kernels.one_token import with_one_token
+from tsugiki.kernels.passes import carry
 from tsugiki.memory import available
 
 PAYS = 24                                             # decoding steps from which packing costs less than it saves
@@ -98,4 +99,5 @@ def _shallow(module: nn.Module) -> nn.Module:
     new = object.__new__(type(module))
     new.__dict__.update(module.__dict__)
     new.__dict__["_compiled_call_impl"] = None        # it would run the module that this is a copy of
+    carry(new)
     return new

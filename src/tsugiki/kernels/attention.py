@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from tsugiki.kernels import documents as compiled
 
@@ -229,11 +229,20 @@ def _has_varlen(query: Tensor, value: Tensor) -> bool:
 
 def _mask(batch_size: int, q_length: int, kv_length: int, *args, attention_mask: Tensor | None = None,
           local_size: int | None = None, **kwargs) -> Tensor | None:
-    """No mask where attention is plain and causal; transformers' own where rows are padded, cached, or wider than a window."""
-    whole = attention_mask is None or attention_mask.shape[1] == kv_length and bool(attention_mask.all())
-    if whole and q_length == kv_length and (local_size is None or kv_length <= local_size):
-        return None
+    """No mask where attention is plain and causal; transformers' own where rows are cached, filled up at the left, or wider than a
+    window. What fills a row up at the right is seen by no token before it, and what it sees itself nobody asks for."""
+    if q_length == kv_length and (local_size is None or kv_length <= local_size):
+        causal = local_size is not None or kwargs.get("mask_function") is causal_mask_function
+        if attention_mask is None or attention_mask.shape[1] == kv_length and (
+                bool(attention_mask.all()) or causal and _filled_at_the_right(attention_mask)):
+            return None
     return sdpa_mask(batch_size, q_length, kv_length, *args, attention_mask=attention_mask, local_size=local_size, **kwargs)
+
+
+def _filled_at_the_right(mask: Tensor) -> bool:
+    """Whether the tokens of each row, (B, S), are its first ones."""
+    real = mask.bool()
+    return bool((real[:, 1:] <= real[:, :-1]).all())
 
 
 AttentionInterface.register(NAME, _forward)

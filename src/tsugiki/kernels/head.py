@@ -5,6 +5,7 @@ its chunk, and backward only scales what forward left: the gradient by the hidde
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -44,19 +45,27 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, made: Tensor | None) -> Tensor:
     """The losses; their gradients by hidden go into `made`, if there is one."""
     losses = []
+    for h, at, found, low in _chunks(hidden, weight, bias, targets, back=made is not None):
+        losses.append(found)
+        if made is not None:
+            torch.mm(low, weight, out=made[at:at + len(h)])
+    return torch.cat(losses) if losses else hidden.new_empty(0, dtype=_wide(hidden.dtype))
+
+
+def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, back: bool) -> Iterator[tuple]:
+    """Some rows at a time: the hidden states, from where on, their losses, and if `back` their logits' gradients (n, V)."""
     compiled = hidden.dtype is torch.bfloat16 and hidden.device.type == "cpu" and not is_in_torch_dispatch_mode() and _works() \
         and bool(((targets >= 0) & (targets < len(weight))).all())            # torch refuses others
-    for h, t, at in _chunks(hidden, weight, targets, 2 * LOGITS if compiled else LOGITS):
-        logits = F.linear(h, weight, bias)                                     # (n, V)
+    size = max(16, (2 * LOGITS if compiled else LOGITS) // len(weight))
+    for at in range(0, len(hidden), size):
+        h, t = hidden[at:at + size], targets[at:at + size]
+        logits = F.linear(h, weight, bias)
         if compiled:
-            losses.append(_compiled(logits, t, back=made is not None))
+            yield h, at, _compiled(logits, t, back), logits
         else:
             logits = logits.to(_wide(h.dtype))
-            losses.append(F.cross_entropy(logits, t, reduction="none"))
-            logits = logits if made is None else _logit_gradient(logits, t).to(h.dtype)
-        if made is not None:
-            torch.mm(logits, weight, out=made[at:at + len(h)])
-    return torch.cat(losses) if losses else hidden.new_empty(0, dtype=_wide(hidden.dtype))
+            losses = F.cross_entropy(logits, t, reduction="none")
+            yield h, at, losses, _logit_gradient(logits, t).to(h.dtype) if back else None
 
 
 def _compiled(logits: Tensor, targets: Tensor, back: bool) -> Tensor:
@@ -78,12 +87,6 @@ def _works() -> bool:
     return close(_compiled(logits, targets, back=True), wanted[0]) and close(logits, wanted[1])
 
 
-def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor, logits: int):
-    size = max(16, logits // len(weight))
-    for at in range(0, len(hidden), size):
-        yield hidden[at:at + size], targets[at:at + size], at
-
-
 def _logit_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     """softmax - onehot, in place of the logits."""
     p = torch.softmax(logits, -1, out=logits)
@@ -95,16 +98,14 @@ def _all_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets:
     dh = torch.empty_like(hidden) if needs[0] else None
     dw = torch.zeros_like(weight, dtype=_wide(weight.dtype)) if needs[1] else None
     db = torch.zeros_like(bias, dtype=_wide(bias.dtype)) if bias is not None and needs[2] else None
-    for h, t, at in _chunks(hidden, weight, targets, LOGITS):
-        g = _logit_gradient(F.linear(h, weight, bias).to(_wide(h.dtype)), t)
-        g = g.mul_(grad[at:at + len(h)].unsqueeze(1))
-        low = g.to(h.dtype)
+    for h, at, _, low in _chunks(hidden, weight, bias, targets, back=True):
+        by = grad[at:at + len(h)].unsqueeze(1).to(h.dtype)
         if dh is not None:
-            torch.mm(low, weight, out=dh[at:at + len(h)])
+            dh[at:at + len(h)] = (low @ weight).mul_(by)
         if dw is not None:
-            dw += low.t() @ h
+            dw += low.t() @ (h * by)                  # the rows' factors are cheaper here than on the logits
         if db is not None:
-            db += g.sum(0)
+            db += (low.t() @ by)[:, 0]
     return dh, None if dw is None else dw.to(weight.dtype), None if db is None else db.to(bias.dtype)
 
 

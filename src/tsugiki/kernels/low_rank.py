@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from tsugiki.kernels.native import close, library, processor, run
 
 MOST = 64                     # rank: beyond, matrix products are as quick
+LARGE = 1 << 18               # products of a decoding step from which threads pay
 BLOCK = 32                    # widths are multiples of it
 FEW = 256                     # tokens: below, preparing the factors costs more than is gained
 
@@ -51,6 +52,24 @@ class Added(torch.autograd.Function):
         da, db = (torch.zeros(threads, -(-rank // 16) * 16, n) for n in (a.shape[1], b.shape[0]))
         _checked(run("low_rank_backward", g, x, a, b, dx, da, db, int(weight is not None), *_sizes(x, a, b, ctx.scale)))
         return dx, grad if ctx.needs_input_grad[1] else None, da[:, :rank].sum(0), db[:, :rank].sum(0).t(), None, None
+
+
+def takes_own(x: Tensor, y: Tensor, rank: int) -> bool:
+    """Whether `own` computes this. x (B, 1, in), y (B, 1, out)."""
+    return x.dtype is y.dtype is torch.bfloat16 and rank <= MOST and x.shape[-1] % BLOCK == y.shape[-1] % BLOCK == 0 \
+        and x.device.type == "cpu" and library() is not None
+
+
+def own(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor, place: Tensor, rank: int) -> Tensor:
+    """Each row changed by its own factors, y + (scale * (a x)) b: rows place * rank up to (place + 1) * rank of all three.
+
+    x (B, 1, in), y (B, 1, out), a (n * rank, in), b (n * rank, out), scale (n * rank,), all bfloat16 and contiguous but x and y;
+    place (B,) int64, below 0: the row stays. What is not finite in a row's factors reaches no other row.
+    """
+    x, y = x.contiguous(), y.contiguous()
+    out, threads = torch.empty_like(y), torch.get_num_threads() if x.numel() * rank > LARGE else 1
+    run("own_low_rank", x, y, a, b, scale, place, out, len(x), x.shape[-1], y.shape[-1], rank, threads)
+    return out
 
 
 def _sizes(x: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple:
