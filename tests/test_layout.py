@@ -33,7 +33,7 @@ GRAPH: dict[str, set[str]] = {
     "kernels": set(),                                 # faster equals of slow things
     "core": {"errors", "kernels", "sites", "weights"},
     "formats.spec": set(),                            # what a method declares about its form on disk: data only
-    "methods": {"core", "errors", "formats.spec", "kernels", "patterns", "sites", "weights"},
+    "methods": {"core", "errors", "formats.spec", "patterns", "sites", "weights"},
     "combine": {"core", "errors", "methods", "sites", "weights"},
     "formats": {"core", "errors", "formats.spec", "load", "methods", "patterns", "sites", "weights"},
     "data": {"errors"},

@@ -7,14 +7,15 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny
+from tiny import VOCAB, tiny
 from torch import nn
 
 from tsugiki.adapters import attach
 from tsugiki.evaluate.packed import Packed, packed
 from tsugiki.kernels import head, low_rank, native, passes
 from tsugiki.kernels.passes import Gated, RMSNorm, Rotary, single
-from tsugiki.methods import LoRA
+from tsugiki.methods import IA3, LoRA
+from tsugiki.route import Spans
 from tsugiki.sites import FAMILIES
 from tsugiki.train.compiled import compiling
 
@@ -117,7 +118,10 @@ def test_low_rank_products_are_nearer_to_the_truth(rank, tokens, width, out):
     def plain(x, y, a, b):
         return y + F.linear(F.linear(x, a.to(x.dtype)) * 0.3, b.to(x.dtype))
     truth, twin = both(plain, F64, F64), both(plain, BF16, F32)
-    ours, again = (both(lambda *t: low_rank.added(*t, 0.3), BF16, F32) for _ in range(2))
+
+    def kernel(x, y, a, b):
+        return low_rank.added(x, y, [low_rank.Span(0, tokens, a, b, 0.3)])
+    ours, again = (both(kernel, BF16, F32) for _ in range(2))
     for t, p, m, n in zip(truth, twin, ours, again, strict=True):
         assert m.dtype == p.dtype and m.shape == p.shape and torch.equal(m, n)
         assert (m - t).norm() <= 1.05 * (p - t).norm() + 1e-6 * t.norm()
@@ -149,7 +153,8 @@ def test_what_is_not_finite_stays_in_its_row():
     broken[7, 3], broken[11, 5] = float("nan"), float("inf")
     a, b, w = draw(4, 64, seed=1).float(), draw(64, 4, seed=2).float(), torch.ones(64, dtype=BF16)
     others = torch.tensor([i not in (7, 11) for i in range(40)])
-    thin = (lambda t: low_rank.added(t, x, a, b, 1.0), lambda t: low_rank.added(x, t, a, b, 1.0))
+    span = [low_rank.Span(0, 40, a, b, 1.0)]
+    thin = (lambda t: low_rank.added(t, x, span), lambda t: low_rank.added(x, t, span))
     rows = (lambda t: RMSNorm.apply(t, w, 1e-5, 0.0, True), lambda t: Gated.apply(t, t, False))
     for f in (*rows, *(thin if low_rank.works() else ())):
         clean, dirty = x.clone().requires_grad_(), broken.clone().requires_grad_()
@@ -278,7 +283,7 @@ def test_lora_takes_the_kernel_where_it_computes_the_same(settings, taken, monke
         for n, p in enumerate(trained):
             p.normal_(std=0.05, generator=torch.Generator().manual_seed(n))
     calls, apply = [], low_rank.Added.apply
-    monkeypatch.setattr(low_rank.Added, "apply", lambda *a: (calls.append(a[5] is not None), apply(*a))[1])
+    monkeypatch.setattr(low_rank.Added, "apply", lambda *a: (calls.append(a[2] is not None), apply(*a))[1])
     model.train().requires_grad_(True)
     everything = loss_and_gradients(model)
     assert bool(calls) == taken and not any(calls), "the base is trained: its own products have gradients"
@@ -306,3 +311,34 @@ def test_layers_with_single_passes_are_compiled_only_where_it_is_asked_for():
             with compiling(model.model.layers, wish, 1e30, torch.device("cpu"), said.append) as made:
                 assert made.on == want
     assert not said
+
+
+@needs_amx
+@pytest.mark.parametrize("packed_row", [False, True])
+def test_several_loras_and_another_method_share_a_batch_each_on_its_own_rows(packed_row, monkeypatch):
+    """With the gradient of the frozen product in it; rows of no adapter, too few tokens for one, one level on another."""
+    model, few = tiny("llama", max_position_embeddings=2048).to(BF16).requires_grad_(False), 40
+    adapters = attach(model)
+    made = {f"a{n}": adapters.add(f"a{n}", cfg) for n, cfg in enumerate((LoRA(rank=4), LoRA(rank=40), LoRA(rank=8), IA3()))}
+    params = {f"{name}/{k}": p for name, adapter in made.items() for k, p in adapter.parameters().items()}
+    with torch.no_grad():
+        for n, p in enumerate(params.values()):
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(n)))
+    who = ["a0", ("a0", "a3"), None, "a1", "a3"]
+    ids = torch.arange(5 * 300).remainder(VOCAB - 3).add(3)
+    if packed_row:
+        call = {"input_ids": ids[None], "adapter_ids": Spans((*who, "a2", None), (300, 560, 700, 1000, 1200, 1200 + few, 1500))}
+    else:
+        call = {"input_ids": ids.view(5, 300), "adapter_ids": who}
+    calls, apply = [], low_rank.Added.apply
+    monkeypatch.setattr(low_rank.Added, "apply", lambda *a: (calls.append((a[2] is not None, len(a[3]))), apply(*a))[1])
+
+    def both():
+        logits = model(**call, use_cache=False).logits.float()
+        return [logits, *torch.autograd.grad(logits.square().mean(), list(params.values()), allow_unused=True)]
+    ours = both()
+    assert (True, 2) in calls, "two adapters in one call, with the frozen product"
+    monkeypatch.setattr(low_rank, "takes", lambda *a: False)
+    for name, a, b in zip(("logits", *params), ours, both(), strict=True):
+        assert (a is None) == (b is None) == (not packed_row and name.startswith("a2/")), name
+        assert a is None or (a - b).norm() <= 0.05 * b.norm(), name

@@ -187,7 +187,8 @@ bound it. Where rows end early ours leave the batch, theirs go on being computed
 may part where two logits tie, which random weights do often."""
 
 
-METHODS = """`python benchmarks/method_speed.py` measures it: the same model and rows, each method with its defaults, in turns."""
+METHODS = """`python benchmarks/method_speed.py` measures it: the same model and rows, each method with its defaults, in turns.
+Prefix tuning's virtual tokens are positions of every row, 30 more here, and its rows are filled up, not packed."""
 
 
 def _profiles() -> list[str]:

@@ -12,7 +12,7 @@ from .errors import UserError
 from .group import Part, Stacks, run, together
 from .kernels import low_rank
 from .pool import Pools
-from .route import UNSET, Context, cell, cut, levels, wanted
+from .route import UNSET, Context, Level, cell, cut, levels, wanted
 from .sites import Site
 from .weights import device_of
 
@@ -105,32 +105,28 @@ class Tap(Unsaved):
 
     def post(self, x: Tensor, y: Tensor, ctx: Context, weight: Tensor | None = None) -> Tensor:
         """y edited; weight: the frozen one that made y of x, if that is all there was to it."""
-        if weight is not None and (factors := self._sole(ctx)) is not None and low_rank.takes(x, y, *factors[:2]):
-            return low_rank.added(x, y.detach(), *factors, weight)
         if self.features is None:
-            return self._run(self.posts, x, y, ctx)
+            return self._run(self.posts, x, y, ctx, weight)
         return y.index_copy(-1, self.features, self._run(self.posts, x, y[..., self.features], ctx))
 
-    def _sole(self, ctx: Context) -> tuple[Tensor, Tensor, float] | None:
-        """The factors of the edit that every row has here, if it is one alone and has them."""
-        found = [part for level in ctx.route for part in level if part[0] in self.posts]
-        sole = len(found) == 1 and found[0][1:] == (None, 1.0) and self.features is None
-        return self.posts[found[0][0]].factors() if sole else None
-
-    def _run(self, edits: dict[str, Edit], x: Tensor | None, t: Tensor, ctx: Context) -> Tensor:
-        """Every edit the route asks for, level by level; x is None for an edit of the input itself."""
+    def _run(self, edits: dict[str, Edit], x: Tensor | None, t: Tensor, ctx: Context, weight: Tensor | None = None) -> Tensor:
+        """Every edit the route asks for, level by level; x is None for an edit of the input itself. weight: see `post`."""
         if t.dim() == 2 and ctx.size and t.is_floating_point():           # (B*T, D): some models flatten around the MLP
             if t.shape[0] % ctx.size:
                 raise UserError(f"a site saw {t.shape[0]} positions for {ctx.size} rows: its rows cannot be told apart")
             whole = t.reshape(ctx.size, -1, t.shape[-1])
             x = None if x is None else x.reshape(ctx.size, -1, x.shape[-1])
-            return self._run(edits, x, whole, ctx).reshape(t.shape)
+            return self._run(edits, x, whole, ctx, weight).reshape(t.shape)
         # One token a row, as in decoding, under one adapter each.
         pooled = x is not None and t.dim() == 3 and t.shape[1] == 1 and len(ctx.route) == 1 and ctx.size == len(t) \
             and len(ctx.rows) == ctx.size and not ctx.axis and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         for level in ctx.route:
             if pooled and (plan := self.pools.of(edits, level, t, ctx)).pool is not None:
                 t, level = plan.run(x, t), plan.rest
+            elif x is not None and t.dim() == 3 and low_rank.takes(x, t) and (spans := _spans(edits, level, t, ctx)):
+                t = low_rank.added(x, t if weight is None else t.detach(), list(spans.values()), weight)
+                level = tuple(part for part in level if part[0] not in spans)
+            weight = None                             # t is not its output any more
             here = [(edits[name], rows, weight) for name, rows, weight in level if name in edits]
             if here:
                 t = self._run_level(here, x, t, ctx)
@@ -158,6 +154,20 @@ class Tap(Unsaved):
             rows = torch.arange(rows.start, rows.stop, device=t.device) if isinstance(rows, slice) else rows.to(t.device)
             t = t.index_copy(along, rows, _edited(part, x, t, ctx, along))
         return t
+
+
+def _spans(edits: dict[str, Edit], level: Level, t: Tensor, ctx: Context) -> dict[str, low_rank.Span]:
+    """The adapters of a level whose change of their rows of t (B, T, D) kernels.low_rank computes."""
+    found, whole = {}, t.shape[0] * t.shape[1]
+    each = 1 if ctx.axis and t.shape[0] == 1 else 0 if ctx.axis else t.shape[1]
+    for name, rows, weight in level:
+        edit = edits.get(name)
+        factors = edit.factors() if edit is not None and weight == 1.0 else None
+        if factors is not None and (rows is None or isinstance(rows, slice) and each):
+            span = low_rank.Span(*((0, whole) if rows is None else (rows.start * each, rows.stop * each)), *factors)
+            if span.fits:
+                found[name] = span
+    return found
 
 
 def _edited(part: Part, x: Tensor | None, t: Tensor, ctx: Context, along: int) -> Tensor:

@@ -1,9 +1,12 @@
-"""y + s B (A x) of a thin A and B in one function that reads every activation once, forward and backward: low_rank.c.
+"""y + s B (A x) of thin A and B, of one adapter or several, each on its tokens, in one function that reads every activation once,
+forward and backward: low_rank.c.
 
 Its plain twin is LoRA's own formula; it serves where this does not.
 """
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -18,40 +21,66 @@ BLOCK = 32                    # widths are multiples of it
 FEW = 256                     # tokens: below, preparing the factors costs more than is gained
 
 
-def takes(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether `added` computes this. x (..., in), y (..., out), a (r, in), b (out, r)."""
-    return x.dtype is y.dtype is torch.bfloat16 and a.dtype is b.dtype is torch.float32 and a.dim() == 2 and len(a) <= MOST \
-        and x.device.type == "cpu" and x.numel() >= FEW * x.shape[-1] and x.shape[-1] % BLOCK == y.shape[-1] % BLOCK == 0 \
+@dataclass(frozen=True)
+class Span:
+    """The tokens that have these factors: a (r, in), b (out, r)."""
+    start: int
+    stop: int
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether `added` computes it, and it has so many tokens that it pays."""
+        return self.stop - self.start >= FEW and self.a.dtype is self.b.dtype is torch.float32 and len(self.a) <= MOST
+
+
+def takes(x: Tensor, y: Tensor) -> bool:
+    """Whether `added` computes on these. x (..., in), y (..., out)."""
+    return x.dtype is y.dtype is torch.bfloat16 and x.device.type == "cpu" and x.shape[-1] % BLOCK == y.shape[-1] % BLOCK == 0 \
         and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode() and works()     # a rehearsal counts products
 
 
-def added(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, weight: Tensor | None = None) -> Tensor:
-    """y + scale * b (a x) in bfloat16, with a, b and a x rounded to it before a product, as in its twin; sums are float32.
+def added(x: Tensor, y: Tensor, spans: Sequence[Span], weight: Tensor | None = None) -> Tensor:
+    """y, and at each span's tokens y + scale * b (a x); in bfloat16, with a, b and a x rounded to it before a product, as in its
+    twin; sums are float32. Tokens are counted over all dimensions but the last; spans do not overlap.
 
     weight (out, in): y is x weight^T, perhaps with a constant, and has no gradient of its own: that of x is found here, in one.
     """
-    return Added.apply(x, y, a, b, scale, weight)
+    return Added.apply(x, y, weight, [(s.start, s.stop, s.scale) for s in spans], *(t for s in spans for t in (s.a, s.b)))
 
 
 class Added(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, weight: Tensor | None) -> Tensor:
-        x, y, a, b, ctx.scale = x.contiguous(), y.contiguous(), a.contiguous(), b.contiguous(), scale
-        out = torch.empty_like(y)
-        _checked(run("low_rank_forward", x, y, a, b, out, *_sizes(x, a, b, scale)))
-        ctx.save_for_backward(x, a, b, weight)
+    def forward(ctx, x: Tensor, y: Tensor, weight: Tensor | None, spans: list[tuple[int, int, float]], *factors: Tensor) -> Tensor:
+        x, y, factors, ctx.spans = x.contiguous(), y.contiguous(), [t.contiguous() for t in factors], spans
+        whole = spans[0][:2] == (0, y.numel() // y.shape[-1])
+        out = torch.empty_like(y) if whole else y.clone()
+        for start, stop, scale, a, b in _each(spans, factors):
+            x_, y_, out_ = (t.view(-1, t.shape[-1])[start:stop] for t in (x, y, out))
+            _checked(run("low_rank_forward", x_, y_, a, b, out_, *_sizes(x_, a, b, scale)))
+        ctx.save_for_backward(x, weight, *factors)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        x, a, b, weight = ctx.saved_tensors
-        g, threads, rank, dx = grad.contiguous(), torch.get_num_threads(), len(a), None
+        x, weight, *factors = ctx.saved_tensors
+        g, dx, found = grad.contiguous(), None, []
         if ctx.needs_input_grad[0]:
-            dx = torch.empty_like(x) if weight is None else g @ weight
-        da, db = (torch.zeros(threads, -(-rank // 16) * 16, n) for n in (a.shape[1], b.shape[0]))
-        _checked(run("low_rank_backward", g, x, a, b, dx, da, db, int(weight is not None), *_sizes(x, a, b, ctx.scale)))
-        return dx, grad if ctx.needs_input_grad[1] else None, da[:, :rank].sum(0), db[:, :rank].sum(0).t(), None, None
+            dx = torch.zeros_like(x) if weight is None else g @ weight        # tokens of no span have no change
+        for start, stop, scale, a, b in _each(ctx.spans, factors):
+            g_, x_, dx_ = (t if t is None else t.view(-1, t.shape[-1])[start:stop] for t in (g, x, dx))
+            da, db = (torch.zeros(torch.get_num_threads(), -(-len(a) // 16) * 16, n) for n in (a.shape[1], b.shape[0]))
+            _checked(run("low_rank_backward", g_, x_, a, b, dx_, da, db, int(weight is not None), *_sizes(x_, a, b, scale)))
+            found += [da[:, :len(a)].sum(0), db[:, :len(a)].sum(0).t()]
+        return dx, grad if ctx.needs_input_grad[1] else None, None, None, *found
+
+
+def _each(spans: list[tuple[int, int, float]], factors: Sequence[Tensor]) -> Iterator[tuple]:
+    for n, span in enumerate(spans):
+        yield *span, *factors[2 * n:2 * n + 2]
 
 
 def takes_own(x: Tensor, y: Tensor, rank: int) -> bool:
@@ -92,7 +121,7 @@ def works() -> bool:
     a, b = torch.randn(3, 96, generator=g), torch.randn(32, 3, generator=g)
     with torch.enable_grad():
         leaves = [t.clone().requires_grad_() for t in (x, y, a, b)]
-        made = added(*leaves, 0.5)
+        made = added(*leaves[:2], [Span(0, 70, *leaves[2:], 0.5)])
         found = torch.autograd.grad(made, leaves, grad)
     x, y, grad = x.float(), y.float(), grad.float()
     wanted = y + 0.5 * x @ a.t() @ b.t(), 0.5 * grad @ b @ a, grad, 0.5 * (grad @ b).t() @ x, 0.5 * grad.t() @ (x @ a.t())

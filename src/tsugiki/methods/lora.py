@@ -13,7 +13,6 @@ from .. import patterns
 from ..edit import Config, Edit, Start, linear, setting, times
 from ..errors import UserError
 from ..formats.spec import NOTHING, TUNER, Peft
-from ..kernels import low_rank
 from ..route import Context, dropout
 from ..sites import Site
 
@@ -48,8 +47,6 @@ class LoRAEdit(Edit):
         return linear(low, self.B.to(low.dtype), None if self.b is None else times(self.b.to(low.dtype), self.scale))
 
     def post(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
-        if not (self.p and self.training) and self.b is None and low_rank.takes(x, y, self.A, self.B):
-            return low_rank.added(x, y, self.A, self.B, self.scale)
         return y + self.change(x, ctx).to(y.dtype)
 
     def merge(self, w: Tensor, b: Tensor | None, site: Site) -> tuple[Tensor, Tensor | None]:
