@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny import VOCAB, tiny
 from torch import nn
 
 from tsugiki.adapters import attach
+from tsugiki.evaluate.decode import Decoder
 from tsugiki.evaluate.packed import Packed, packed
 from tsugiki.kernels import head, low_rank, native, passes
 from tsugiki.kernels.passes import Gated, RMSNorm, Rotary, single
@@ -259,10 +261,17 @@ def test_several_runs_may_be_inside_at_once_and_a_copied_model_is_its_own():
 
 def test_a_copy_that_decodes_with_packed_weights_has_passes_of_its_own():
     model = tiny("llama", hidden_size=128, intermediate_size=128).float()
-    with single(model):
-        body = packed(model, 1000)
-        mlps = [m for m in body.modules() if "gate_proj" in m._modules]
-        assert body is not model and mlps and all(m.forward.module is m and type(m.gate_proj) is Packed for m in mlps)
+    for training in (True, False):
+        with single(model) if training else nullcontext():
+            body = packed(model, 1000)
+            mlps = [m for m in body.modules() if "gate_proj" in m._modules]
+            assert body is not model and mlps and all(m.forward.module is m and type(m.gate_proj) is Packed for m in mlps)
+            assert sum("RMSNorm" in type(m).__name__ for m in replaced(body)) == 5
+    assert not replaced(model)
+    ids, rows = torch.arange(3, 3 + 64 * 5).remainder(VOCAB - 3).add(3).view(64, 5), []
+    for decoder in (Decoder(model, 1000), model):
+        rows.append(decoder.generate(input_ids=ids, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None))
+    assert torch.equal(*rows)
 
 
 def test_without_the_kernels_nothing_is_replaced(monkeypatch):

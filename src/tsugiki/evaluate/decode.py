@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicCache
 from tsugiki.evaluate.cache import grown
 from tsugiki.evaluate.packed import packed
 from tsugiki.kernels import one_token
+from tsugiki.kernels.passes import rotating
 from tsugiki.route import UNSET, stacks, wanted
 
 SPARSER = 0.75                                        # rows are dropped when at most this share of the batch still runs
@@ -51,8 +52,9 @@ class Decoder:
         kept = _Kept(streamer) if streamer is not None else None
         draws = torch.get_rng_state()
         try:
-            return self.model.generate(input_ids=input_ids, streamer=kept, custom_generate=partial(_loop, self.body, kept),
-                                       **options)
+            with rotating(self.model):
+                return self.model.generate(input_ids=input_ids, streamer=kept, custom_generate=partial(_loop, self.body, kept),
+                                           **options)
         except _Unknown:
             torch.set_rng_state(draws)
             if kept is not None and kept.shown:       # begun, and only then found to be unknown: do not say it twice

@@ -1,7 +1,8 @@
-"""A copy of a model for decoding on a CPU: weights packed once, not at every product, and attention of one token a row."""
+"""A copy of a model for decoding on a CPU: weights packed once, not at every product, attention of one token, single passes."""
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from tsugiki.kernels.one_token import with_one_token
-from tsugiki.kernels.passes import carry
+from tsugiki.kernels.passes import GatedMLP, Norm, carry, standing_in
 from tsugiki.memory import available
 
 PAYS = 24                                             # decoding steps from which packing costs less than it saves
@@ -34,8 +35,9 @@ def _product(x: Tensor, copy: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def packed(model: nn.Module, steps: int) -> nn.Module:
-    """A model that shares everything with `model` but its linears, which are packed, and its attention, which is that of
-    kernels/one_token where it was transformers' sdpa; `model` itself where that does not pay.
+    """A model that shares everything with `model` but its linears, which are packed, its attention, which is that of
+    kernels/one_token where it was transformers' sdpa, and its norms and gates (kernels/passes); `model` itself where that does not
+    pay.
 
     Modules on the way to a linear are shallow copies: parameters, hooks and adapters are the same objects. For decoding
     on a CPU in bfloat16 and float32, the same to rounding; `steps` tokens will be decoded.
@@ -46,7 +48,8 @@ def packed(model: nn.Module, steps: int) -> nn.Module:
     size = sum(m.weight.numel() * m.weight.element_size() for m in linears)
     fits = size <= SHARE * available(torch.device("cpu"))
     with torch.no_grad():
-        return _copy(model, {m: p for m in linears if (p := _pack(m)) is not None} if fits else {})
+        by = {m: _pack(m) for m in linears} if fits else {}
+        return _copy(model, by | {m: _passing(m, s) for m in model.modules() if isinstance(s := standing_in(m), Norm)})
 
 
 def _fits(module: nn.Module) -> bool:
@@ -79,7 +82,14 @@ def _pack(linear: nn.Linear) -> Packed:
     return new
 
 
-def _copy(module: nn.Module, by: dict[nn.Module, Packed]) -> nn.Module:
+def _passing(norm: nn.Module, stands_in: Norm) -> nn.Module:
+    """The same norm in a single pass."""
+    new = _shallow(norm)
+    new.__dict__["forward"] = replace(stands_in, module=new)
+    return new
+
+
+def _copy(module: nn.Module, by: dict[nn.Module, nn.Module]) -> nn.Module:
     """The module with what `by` replaces; itself if nothing in it is replaced. A module that is there twice becomes one."""
     if module in by:
         return by[module]
@@ -92,6 +102,8 @@ def _copy(module: nn.Module, by: dict[nn.Module, Packed]) -> nn.Module:
     new.__dict__["_modules"] = children
     if other is not config:
         new.__dict__["config"] = other
+    if isinstance(stands_in := standing_in(module), GatedMLP):
+        new.__dict__["forward"] = replace(stands_in, module=new)
     return new
 
 

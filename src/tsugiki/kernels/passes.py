@@ -24,7 +24,8 @@ from tsugiki.kernels.native import close, library, run
 KINDS = (torch.bfloat16, torch.float32)
 NEAR = {torch.bfloat16: 5e-4, torch.float32: 1e-5}    # relatively, in a probe: nearer than another way to round, or another GELU
 ROTARY = "apply_rotary_pos_emb"                       # what transformers' modeling files call it
-FEW = 4096                                            # numbers: below, a call costs more than the pass
+FEW = 4096                                            # numbers: below, a call costs more than the pass;
+MANY = 1 << 16                                        # below, one thread is as quick as several
 
 
 def _takes(*tensors: Tensor) -> bool:
@@ -38,6 +39,10 @@ def _wide(t: Tensor) -> int:
     return int(t.dtype is torch.float32)
 
 
+def _threads(t: Tensor) -> int:
+    return torch.get_num_threads() if t.numel() >= MANY else 1
+
+
 class RMSNorm(torch.autograd.Function):
     """x / sqrt(mean(x^2) + eps) * (weight + offset), the quotient rounded to x's dtype first if `inner` (arXiv:1910.07467,
     equation 4). x (..., D), weight (D,)."""
@@ -46,8 +51,7 @@ class RMSNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, offset: float, inner: bool) -> Tensor:
         x, y, ctx.offset = x.contiguous(), torch.empty(x.shape, dtype=x.dtype), offset
         scale = torch.empty(x.shape[:-1], dtype=torch.float32)
-        run("norm_forward", x, weight, y, scale, scale.numel(), x.shape[-1], eps, offset, int(inner), _wide(x),
-            torch.get_num_threads())
+        run("norm_forward", x, weight, y, scale, scale.numel(), x.shape[-1], eps, offset, int(inner), _wide(x), _threads(x))
         ctx.save_for_backward(x, weight, scale)
         return y
 
@@ -55,7 +59,7 @@ class RMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
-        grad, dx, threads = grad.contiguous(), torch.empty_like(x), torch.get_num_threads()
+        grad, dx, threads = grad.contiguous(), torch.empty_like(x), _threads(x)
         dw = torch.zeros(threads, x.shape[-1]) if ctx.needs_input_grad[1] else None
         run("norm_backward", grad, x, weight, scale, dx, dw, scale.numel(), x.shape[-1], ctx.offset, _wide(x), threads)
         return dx, None if dw is None else dw.sum(0).to(weight.dtype), None, None, None
@@ -68,7 +72,7 @@ class Gated(torch.autograd.Function):
     def forward(ctx, a: Tensor, b: Tensor, tanh: bool) -> Tensor:
         a, b, ctx.tanh = a.contiguous(), b.contiguous(), tanh
         y = torch.empty_like(a)
-        run("gated_forward", a, b, y, a.numel(), int(tanh), _wide(a), torch.get_num_threads())
+        run("gated_forward", a, b, y, a.numel(), int(tanh), _wide(a), _threads(a))
         ctx.save_for_backward(a, b)
         return y
 
@@ -77,7 +81,7 @@ class Gated(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         a, b = ctx.saved_tensors
         grad, da, db = grad.contiguous(), torch.empty_like(a), torch.empty_like(b)
-        run("gated_backward", grad, a, b, da, db, a.numel(), int(ctx.tanh), _wide(a), torch.get_num_threads())
+        run("gated_backward", grad, a, b, da, db, a.numel(), int(ctx.tanh), _wide(a), _threads(a))
         return da, db, None
 
 
@@ -103,7 +107,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, back: bool)
     y = torch.empty(b, t, h, d, dtype=dtype).transpose(1, 2)                # as the linear before it lays its output out
     strides = [_longs(v.stride(0), v.stride(2), v.stride(1)) for v in (x, y)]
     run("rotary", x, cos, sin, y, _longs(b, t, h, d), *strides, t * d if cos.shape[0] > 1 else 0, int(back), _wide(x), _wide(cos),
-        _wide(y), torch.get_num_threads())
+        _wide(y), _threads(x))
     return y
 
 
@@ -158,22 +162,27 @@ class Rotation:
 def single(model: nn.Module) -> Iterator[int]:
     """Inside, the model's passes are single ones, where a probe shows that they do what they did; yields how many."""
     with ExitStack() as stack:
-        found = 0
-        if library() is not None and model.dtype in KINDS:
-            for module in model.modules():
-                for stands_in in (*_norms(module), *_mlps(module)):
-                    with _disable_current_modes():    # a rehearsal's: a probe needs numbers
-                        same = "forward" not in vars(module) and _same(module, stands_in)
-                    if same:
-                        module.forward = stands_in
-                        stack.callback(_restore, module, stands_in)
-                        found += 1
-                        break
-            for name in {type(m).__module__ for m in model.modules()}:
-                where = sys.modules.get(name)
-                if hasattr(where, ROTARY):
-                    found += stack.enter_context(_rotating(where))
-        yield found
+        made = [(module, stands_in) for module in model.modules() if (stands_in := standing_in(module)) is not None]
+        for module, stands_in in made:
+            module.forward = stands_in
+            stack.callback(_restore, module, stands_in)
+        yield len(made) + stack.enter_context(rotating(model))
+
+
+def standing_in(module: nn.Module) -> Norm | GatedMLP | None:
+    """What computes what this module does, on a CPU, in one pass; None where a probe finds nothing."""
+    if library() is None or "forward" in vars(module):
+        return None
+    with _disable_current_modes():                    # a rehearsal's: a probe needs numbers
+        return next((s for s in (*_norms(module), *_mlps(module)) if _same(module, s)), None)
+
+
+@contextmanager
+def rotating(model: nn.Module) -> Iterator[int]:
+    """Inside, rotary embeddings of the files that the model is from are single passes; yields how many were replaced."""
+    with ExitStack() as stack:
+        files = map(sys.modules.get, {type(m).__module__ for m in model.modules()} if library() is not None else ())
+        yield sum(stack.enter_context(_rotating(file)) for file in files if hasattr(file, ROTARY))
 
 
 def carry(module: nn.Module) -> None:
@@ -204,7 +213,7 @@ def _norms(module: nn.Module) -> Iterator[Norm]:
 
 
 def _mlps(module: nn.Module) -> Iterator[GatedMLP]:
-    if set(module._modules) >= {"gate_proj", "up_proj", "down_proj", "act_fn"} \
+    if set(module._modules) >= {"gate_proj", "up_proj", "down_proj", "act_fn"} and module.gate_proj.weight.device.type == "cpu" \
             and all(isinstance(getattr(module, f"{n}_proj"), nn.Linear) for n in ("gate", "up", "down")):
         for tanh in (False, True):
             yield GatedMLP(module, module.forward, tanh)
