@@ -25,6 +25,7 @@ from tsugiki.data.batch import collate, micro_batches
 from tsugiki.data.render import Example
 from tsugiki.memory import keep_freed_memory
 from tsugiki.methods import make
+from tsugiki.train.compiled import Layers
 from tsugiki.train.layout import arranged
 from tsugiki.train.optim import adamw
 from tsugiki.train.step import train_step
@@ -96,9 +97,7 @@ def main() -> None:
             for n in lengths]
     optimizer, cfg = adamw(params, 1e-4, 0.0, 0.999), TrainConfig()
     with arranged(model, rows, cfg, virtual=False) as layout:
-        if args.compile:
-            for layer in model.model.layers:
-                layer.compile()
+        Layers(model.model.layers, on=args.compile)
         cuts = micro_batches(lengths, range(len(rows)), layout, cfg.forward_tokens)
         batches = [collate(rows, cut, 0) for cut in cuts]
 

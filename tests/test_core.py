@@ -120,6 +120,7 @@ def test_left_padding_right_padding_and_none_agree(kind):
                 assert difference(right[i, :len(row)], alone) <= LOOSER.get(kind, EXACT), (name, "right")
 
 
+@pytest.mark.share(2)
 @family
 def test_generate_in_one_left_padded_batch_equals_alone_with_and_without_cache_and_with_beams(kind):
     model = tiny(kind, F64)
@@ -142,7 +143,7 @@ def test_generate_in_one_left_padded_batch_equals_alone_with_and_without_cache_a
     assert not torch.equal(together[:-1, 6:], model.generate(**batch, adapter_ids=[None] * len(who), **plain)[:-1, 6:])
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(4)
 @family
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_is_exact_with_two_forwards_before_a_backward(kind, reentrant):
@@ -193,6 +194,7 @@ def test_threads_never_see_each_others_adapters():
     assert not failed and difference(right["lora"], right["bitfit"]) > 1e-3
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "phi3"])
 def test_layers_compile_whole_and_equal_eager_in_every_route(kind):
     torch._dynamo.reset()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from tiny import VOCAB, tiny
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from tsugiki.adapters import attach
 from tsugiki.evaluate.decode import Decoder
@@ -320,6 +321,17 @@ def test_layers_with_single_passes_are_compiled_only_where_it_is_asked_for():
             with compiling(model.model.layers, wish, 1e30, torch.device("cpu"), said.append) as made:
                 assert made.on == want
     assert not said
+
+
+def test_one_compilation_serves_all_layers_of_a_model_with_single_passes():
+    model = tiny("llama", num_hidden_layers=10).float()
+    with single(model), compiling(model.model.layers, "on", 1.0, torch.device("cpu"), str) as made:
+        assert made.on and not [m for layer in model.model.layers for m in replaced(layer)]
+        backend = CompileCounter()
+        for layer in model.model.layers:
+            layer.compile(backend=backend)
+        loss_and_gradients(model)
+    assert backend.frame_count == 1 and not replaced(model)
 
 
 @needs_amx

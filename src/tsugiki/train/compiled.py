@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from tsugiki.kernels.passes import has_single
+from tsugiki.kernels.passes import has_single, take_back
 
 # Compiling takes about a minute and makes a step some tenth quicker, so it pays from about a quarter of an hour on: this many
 # operations, at what a good machine of the kind does in a second. Estimates from two CPUs; no GPU was at hand.
@@ -24,6 +24,7 @@ class Layers:
     def __init__(self, layers: Sequence[nn.Module], on: bool):
         self.layers, self.on = layers, on
         if on:
+            take_back(layers)
             for layer in layers:
                 layer.compile()
 
