@@ -1,7 +1,7 @@
 """Attention of one new token a row to all that was before, on a CPU: two batched matrix products and a softmax.
 
-torch's fused kernel is slow on bfloat16 when each row has one query; benchmarks/one_token.py prints both. transformers calls
-this as an attention implementation, by name.
+Without AMX torch's fused kernel is slow on bfloat16 when each row has one query; benchmarks/one_token.py prints both.
+transformers calls this as an attention implementation, by name.
 """
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tsugiki.kernels.native import processor
+
 NAME = "tsugiki_one_token"
-FASTER = (torch.bfloat16,)                            # where it is the faster one (benchmarks/one_token.py, on AVX512),
-SMALLEST = 1 << 11                                    # from so many scores of one call on
+# Where it is the faster one (benchmarks/one_token.py, on a machine with AMX and one without), from so many scores of one call on.
+FASTER = () if "amx_bf16" in processor() else (torch.bfloat16,)
+SMALLEST = 1 << 11
 
 
 def one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
