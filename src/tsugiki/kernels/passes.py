@@ -197,12 +197,13 @@ def has_single(layers: Sequence[nn.Module]) -> bool:
     return any(isinstance(vars(module).get("forward"), (Norm, GatedMLP)) for layer in layers for module in layer.modules())
 
 
-def take_back(layers: Sequence[nn.Module]) -> None:
-    """For a compiler: it would compile each layer anew for a forward of its own."""
-    for layer in layers:
-        for module in layer.modules():
-            if isinstance(vars(module).get("forward"), (Norm, GatedMLP)):
-                del module.forward
+def take_back(layers: Sequence[nn.Module]) -> list[tuple[nn.Module, Norm | GatedMLP]]:
+    """Leave layers their own forwards, for a compiler: it would compile each layer anew for one of another. Gives what stood in."""
+    inside = (module for layer in layers for module in layer.modules())
+    found = [(m, stands_in) for m in inside if isinstance(stands_in := vars(m).get("forward"), (Norm, GatedMLP))]
+    for module, _ in found:
+        del module.forward
+    return found
 
 
 def _restore(module: nn.Module, stands_in: object) -> None:

@@ -23,8 +23,8 @@ class Layers:
 
     def __init__(self, layers: Sequence[nn.Module], on: bool):
         self.layers, self.on = layers, on
+        self.taken = take_back(layers) if on else []
         if on:
-            take_back(layers)
             for layer in layers:
                 layer.compile()
 
@@ -33,6 +33,8 @@ class Layers:
         self.on = False
         for layer in self.layers:
             layer._compiled_call_impl = None
+        for module, stands_in in self.taken:
+            module.forward = stands_in
 
 
 @contextmanager
