@@ -363,3 +363,30 @@ def test_several_loras_and_another_method_share_a_batch_each_on_its_own_rows(pac
     for name, a, b in zip(("logits", *params), ours, both(), strict=True):
         assert (a is None) == (b is None) == (not packed_row and name.startswith("a2/")), name
         assert a is None or (a - b).norm() <= 0.05 * b.norm(), name
+
+
+@needs_amx
+def test_a_float32_base_under_autocast_has_its_gradients():
+    """There the low-rank kernel sees bfloat16, and the frozen weight is float32."""
+    model, ids = tiny("llama").float().requires_grad_(False), torch.arange(3, 3 + 300).remainder(VOCAB - 3).add(3).view(2, 150)
+    params = list(attach(model).add("a", LoRA(rank=4)).parameters().values())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, params))
+
+
+def test_an_mlp_that_drops_in_training_or_has_linears_of_another_kind_keeps_its_own_forward():
+    model = tiny("llama").float()
+    first, second = (layer.mlp for layer in model.model.layers[:2])
+
+    class Dropping(type(first)):
+        def forward(self, x):
+            return F.dropout(super().forward(x), 0.5, self.training)
+
+    class Weightless(nn.Module):
+        def forward(self, x):
+            return x
+    first.__class__ = Dropping
+    second.gate_proj = Weightless()
+    with single(model):
+        assert not {first, second} & set(replaced(model)) and replaced(model)

@@ -216,18 +216,18 @@ def exit_hook(module: nn.Module, args: tuple, out: Any) -> Any:
             if tap.span:
                 y = tap.post(ctx.scratch.pop(tap.role, y), y, ctx)
             else:
-                y = tap.post(args[0], y, ctx, _frozen(module) if tap is module.taps_out[0] else None)
+                y = tap.post(args[0], y, ctx, _frozen(module, y) if tap is module.taps_out[0] else None)
     if not edited:
         return None
     return (y, *out[1:]) if isinstance(out, tuple) else y
 
 
-def _frozen(module: nn.Module) -> Tensor | None:
-    """Its weight, if nobody wants a gradient of it and its output is that of a plain linear, with nothing after it but us."""
+def _frozen(module: nn.Module, y: Tensor) -> Tensor | None:
+    """Its weight, if nobody wants a gradient of it and y is that of a plain linear in its dtype, with nothing after it but us."""
     plain = type(module) is nn.Linear and "forward" not in vars(module) and len(module._forward_hooks) == 1
     if not plain or not torch.is_grad_enabled() or any(p.requires_grad for p in module._parameters.values() if p is not None):
         return None
-    return module.weight
+    return module.weight if module.weight.dtype is y.dtype else None          # under autocast it is another
 
 
 def install(site: Site, home: Any) -> Tap:

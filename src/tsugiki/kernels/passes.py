@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tsugiki.kernels.native import close, library, run
@@ -222,8 +223,9 @@ def _norms(module: nn.Module) -> Iterator[Norm]:
 
 
 def _mlps(module: nn.Module) -> Iterator[GatedMLP]:
-    if set(module._modules) >= {"gate_proj", "up_proj", "down_proj", "act_fn"} and module.gate_proj.weight.device.type == "cpu" \
-            and all(isinstance(getattr(module, f"{n}_proj"), nn.Linear) for n in ("gate", "up", "down")):
+    if set(module._modules) >= {"gate_proj", "up_proj", "down_proj", "act_fn"} \
+            and all(isinstance(getattr(module, f"{n}_proj"), nn.Linear) for n in ("gate", "up", "down")) \
+            and module.gate_proj.weight.device.type == "cpu" and not any(isinstance(m, _DropoutNd) for m in module.modules()):
         for tanh in (False, True):
             yield GatedMLP(module, module.forward, tanh)
 
@@ -236,6 +238,7 @@ def _same(module: nn.Module, stands_in: Norm | GatedMLP) -> bool:
     width = len(module.weight) if norm else 64
     x = (4 * _draw(-(-FEW // width), width)).to(dtype)
     bare = copy.copy(module)
+    bare.training = True                              # one that draws numbers then is none of these
     try:
         if norm:
             weight = (1 + 0.5 * _draw(width)).to(dtype)
