@@ -61,6 +61,7 @@ class Tap(Unsaved):
         self.pres: dict[str, Edit] = {}               # adapter name -> edit, where the edit has that port
         self.posts: dict[str, Edit] = {}
         self.keeps: dict[str, Edit] = {}              # those that ask for the arguments of the layer's call
+        self.names: set[str] = set()                  # the adapters in any of the three
         self.stacks, self.pools, self.heads_first = Stacks(), Pools(), site.heads_first
         columns = None if site.features is None else site.features.to(device_of(site.exit))
         self.register_buffer("features", columns, persistent=False)
@@ -74,12 +75,14 @@ class Tap(Unsaved):
             self.posts[adapter] = edit
         if edit.keeps_arguments:
             self.keeps[adapter] = edit
+        self.names = {*self.pres, *self.posts, *self.keeps}
 
     def remove(self, adapter: str) -> None:
         edit = getattr(self, child(adapter))
         delattr(self, child(adapter))
         for port in (self.pres, self.posts, self.keeps):
             port.pop(adapter, None)
+        self.names = {*self.pres, *self.posts, *self.keeps}
         self.stacks.forget(edit)
         self.pools.forget(edit)
 

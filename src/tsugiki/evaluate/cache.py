@@ -1,8 +1,6 @@
 """Keys and values of a generation, written in place into buffers that grow by a block at a time."""
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -13,32 +11,35 @@ class Layer(DynamicLayer):
     """One layer's keys and values: (B, H, capacity, D) buffers, of which the first `length` positions are used.
 
     transformers' own layer makes new tensors of all positions at every token. It also forgets what is outside of a sliding
-    window; here the model's mask hides it. With `transposed`, keys lie in memory as (B, H, D, capacity).
+    window; here the model's mask hides it.
     """
     _layer_type = None                                # not for transformers to choose by itself
 
-    def __init__(self, transposed: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.length, self.transposed = 0, transposed
+        self.length = 0
         self.buffers: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        start, self.length = self.length, self.length + key_states.shape[-2]
-        states = (key_states, value_states)
-        if self.buffers is None or self.length > self.buffers[0].shape[-2]:
-            self._grow(states, start)
-        for buffer, new in zip(self.buffers, states, strict=True):
-            buffer[..., start:self.length, :] = new
+        start, states = self.length, (key_states, value_states)
+        for view, new in zip(self.place(len(key_states), key_states.shape[-2], states), states, strict=True):
+            view[..., start:, :] = new
         self.is_initialized = True
-        self.keys, self.values = states if not start else [b[..., :self.length, :] for b in self.buffers]
+        if not start:
+            self.keys, self.values = states
+        return self.keys, self.values
+
+    def place(self, rows: int, count: int, states: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """All rows' keys and values with `count` new positions at the end, which are to be written. states: like them, the first time."""
+        start, self.length = self.length, self.length + count
+        if self.buffers is None or self.length > self.buffers[0].shape[-2]:
+            self._grow(states or self.buffers, start)
+        self.keys, self.values = (b[..., :self.length, :] for b in self.buffers)
         return self.keys, self.values
 
     def _grow(self, states: tuple[Tensor, Tensor], used: int) -> None:
         room = -(-(self.length + 1) // BLOCK) * BLOCK
         old, self.buffers = self.buffers, tuple(t.new_empty(*t.shape[:-2], room, t.shape[-1]) for t in states)
-        if self.transposed:
-            keys = states[0]
-            self.buffers = keys.new_empty(*keys.shape[:-2], keys.shape[-1], room).transpose(-2, -1), self.buffers[1]
         for buffer, before in zip(self.buffers, old or (), strict=bool(old)):
             buffer[..., :used, :] = before[..., :used, :]
 
@@ -49,7 +50,7 @@ class Layer(DynamicLayer):
         return self.length + query_length, 0
 
     def select(self, rows: Tensor, cut: int = 0) -> None:
-        self.buffers = tuple(b[rows, ..., cut:, :] for b in self.buffers)         # indexing keeps how they lie
+        self.buffers = tuple(b[rows, ..., cut:, :] for b in self.buffers)
         self.length -= cut
         self.keys, self.values = (b[..., :self.length, :] for b in self.buffers)
 
@@ -63,5 +64,5 @@ class Grown(Cache):
             layer.select(rows, cut)
 
 
-def grown(transposed: bool = False) -> Grown:
-    return Grown(layer_class_to_replicate=partial(Layer, transposed))
+def grown() -> Grown:
+    return Grown(layer_class_to_replicate=Layer)

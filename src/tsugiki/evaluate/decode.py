@@ -16,10 +16,10 @@ from transformers.cache_utils import DynamicCache
 
 from tsugiki.evaluate.cache import grown
 from tsugiki.evaluate.packed import packed
-from tsugiki.kernels import one_token
 from tsugiki.kernels.passes import rotating
 from tsugiki.route import UNSET, stacks, wanted
 
+BLOCK = 256                                           # scores that are compared at once
 SPARSER = 0.75                                        # rows are dropped when at most this share of the batch still runs
 KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}      # arguments of a forward
 # Processors and criteria that treat each row by itself and keep nothing from step to step: rows may leave between steps.
@@ -100,7 +100,7 @@ def _loop(body: nn.Module, streamer: Any, model: nn.Module, input_ids: Tensor, l
     while True:
         scores = logits[:, -1].to(torch.float32, copy=True)                   # (B, V)
         scores = logits_processor(rows.ids, scores)
-        new = torch.multinomial(torch.softmax(scores, -1), 1)[:, 0] if sample else scores.argmax(-1)
+        new = torch.multinomial(torch.softmax(scores, -1), 1)[:, 0] if sample else _largest(scores)
         if rows.ended.any():                          # without stop tokens no row ends before the last step
             new = torch.where(rows.ended, pad, new)
         rows.append(new)
@@ -115,6 +115,19 @@ def _loop(body: nn.Module, streamer: Any, model: nn.Module, input_ids: Tensor, l
     if streamer is not None:
         streamer.end()
     return rows.result(pad)
+
+
+def _largest(scores: Tensor) -> Tensor:
+    """scores.argmax(-1) of (B, V): first which block of them, then which of it, since argmax is slow on a CPU, and amax is not."""
+    whole = scores.shape[1] - scores.shape[1] % BLOCK
+    if scores.device.type != "cpu" or not whole:
+        return scores.argmax(-1)
+    tops, rest = scores[:, :whole].unflatten(1, (-1, BLOCK)).amax(-1), scores[:, whole:]
+    if rest.shape[1]:
+        tops = torch.cat([tops, rest.amax(-1, keepdim=True)], 1)
+    at = tops.argmax(-1, keepdim=True) * BLOCK + torch.arange(BLOCK)
+    at = at.clamp_max_(scores.shape[1] - 1)
+    return at.gather(1, scores.gather(1, at).argmax(-1, keepdim=True))[:, 0]
 
 
 def _check(config: Any, kwargs: dict[str, Any], model: nn.Module) -> None:
@@ -135,9 +148,7 @@ class _Rows:
 
     def __init__(self, body: nn.Module, model: nn.Module, input_ids: Tensor, kwargs: dict[str, Any]):
         self.body, self.model, self.kwargs = body, model, kwargs
-        # Elsewhere torch's kernel takes the steps, and it is slow on keys that lie transposed.
-        transposed = one_token.active(body) and model.dtype in one_token.FASTER
-        self.cache = kwargs["past_key_values"] = grown(transposed)
+        self.cache = kwargs["past_key_values"] = grown()
         self.ids = input_ids                                                  # (B, T + n) of the rows that run
         self.ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         self.index = torch.arange(len(input_ids), device=input_ids.device)    # which row of the whole batch each is

@@ -1,7 +1,9 @@
-"""A copy of a model for decoding on a CPU: weights packed once, not at every product, attention of one token, single passes."""
+"""A copy of a model for decoding on a CPU: weights laid out once, not at every product, attention of one token, single passes."""
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -9,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from tsugiki.evaluate.steps import step_of
+from tsugiki.kernels import rows
 from tsugiki.kernels.one_token import with_one_token
 from tsugiki.kernels.passes import GatedMLP, Norm, carry, standing_in
 from tsugiki.memory import available
@@ -21,16 +25,25 @@ CLOSE = {torch.bfloat16: 0.0, torch.float32: 1e-5}    # how far a product may be
 
 class Packed(nn.Linear):
     """A linear with a packed copy of its weight, for inference; everything else is the linear that it stands for."""
+    product: Callable[[Tensor, Tensor | None], Tensor]                        # of the copy, with a bias
+    most: float                                       # rows that it takes
+    laid: rows.Laid | None                            # the copy, if that is what it is
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        changed = weight._version != self.version or weight is not self.source
-        if changed or x.dtype != weight.dtype or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-            return F.linear(x, weight, self.bias)
-        return _product(x, self.copy, self.bias)
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        if self.changed or x.dtype is not weight.dtype or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") \
+                or x.numel() > self.most * x.shape[-1]:
+            return F.linear(x, weight, bias)
+        return self.product(x, bias)
+
+    @property
+    def changed(self) -> bool:
+        """Whether the weight is another than when it was copied."""
+        weight = self._parameters["weight"]
+        return weight._version != self.version or weight is not self.source
 
 
-def _product(x: Tensor, copy: Tensor, bias: Tensor | None) -> Tensor:
+def _product(copy: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(x, copy, bias, "none", [], "")
 
 
@@ -55,7 +68,8 @@ def packed(model: nn.Module, steps: int) -> nn.Module:
 def _fits(module: nn.Module) -> bool:
     if type(module) is not nn.Linear or "forward" in module.__dict__ or module.weight.device.type != "cpu":
         return False
-    return type(module.weight) is nn.Parameter and module.weight.numel() >= SMALLEST and _works(module.weight.dtype)
+    weight = module.weight
+    return type(weight) is nn.Parameter and weight.numel() >= SMALLEST and (rows.fits(weight) or _works(weight.dtype))
 
 
 @functools.cache
@@ -68,7 +82,7 @@ def _works(dtype: torch.dtype) -> bool:
         weight, bias, x = (torch.randn(*shape, generator=draw).to(dtype) for shape in ((192, 320), (192,), (5, 1, 320)))
         with torch.no_grad():
             copy = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-            pairs = [(F.linear(x, weight, b), _product(x, copy, b)) for b in (None, bias)]
+            pairs = [(F.linear(x, weight, b), _product(copy, x, b)) for b in (None, bias)]
         return all(float((y - z).abs().max()) <= CLOSE[dtype] * float(y.abs().max()) for y, z in pairs)
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
@@ -77,8 +91,13 @@ def _works(dtype: torch.dtype) -> bool:
 def _pack(linear: nn.Linear) -> Packed:
     new = _shallow(linear)
     new.__class__ = Packed
-    new.__dict__.update(source=linear.weight, version=linear.weight._version,
-                        copy=torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None))
+    weight, laid = linear.weight, None
+    if rows.fits(weight):
+        laid = rows.laid(weight)
+        product, most = laid.product, rows.MOST
+    else:
+        product, most = functools.partial(_product, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)), math.inf
+    new.__dict__.update(source=weight, version=weight._version, product=product, most=most, laid=laid)
     return new
 
 
@@ -104,6 +123,8 @@ def _copy(module: nn.Module, by: dict[nn.Module, nn.Module]) -> nn.Module:
         new.__dict__["config"] = other
     if isinstance(stands_in := standing_in(module), GatedMLP):
         new.__dict__["forward"] = replace(stands_in, module=new)
+    elif (step := step_of(new)) is not None:
+        new.__dict__["forward"] = step
     return new
 
 

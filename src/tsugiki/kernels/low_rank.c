@@ -131,31 +131,3 @@ int low_rank_backward(const bf16 *g, const bf16 *x, const float *a, const float 
     factor_free(first), factor_free(second);
     return failed;
 }
-
-// Decoding: each row's own low-rank change. a, b: (adapters * rank, in) and (.., out), scale: (adapters * rank,); row i has adapter
-// place[i], or none if that is below 0. out = y + sum over its rank of round(s a x) b.
-static void own_row(const bf16 *x, const bf16 *y, const bf16 *a, const bf16 *b, const bf16 *scale, bf16 *out, long in, long n, long rank) {
-    __m512 low[64];
-    for (long r = 0; r < rank; r++) {
-        __m512 sum = _mm512_setzero_ps();
-        for (long j = 0; j < in; j += 32)
-            sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(x + j), (__m512bh)_mm512_loadu_si512(a + r * in + j));
-        __m512 by = widened(_mm256_set1_epi16((short)scale[r]));
-        low[r] = widened(rounded(_mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_add_ps(sum)), by)));
-    }
-    for (long j = 0; j < n; j += 16) {
-        __m512 sum = widened(_mm256_loadu_si256((const void *)(y + j)));
-        for (long r = 0; r < rank; r++) sum = _mm512_fmadd_ps(low[r], widened(_mm256_loadu_si256((const void *)(b + r * n + j))), sum);
-        _mm256_storeu_si256((void *)(out + j), rounded(sum));
-    }
-}
-
-void own_low_rank(const bf16 *x, const bf16 *y, const bf16 *a, const bf16 *b, const bf16 *scale, const int64_t *place, bf16 *out,
-                  long rows, long in, long n, long rank, long threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (long i = 0; i < rows; i++) {
-        long at = place[i] * rank;
-        if (place[i] < 0) memcpy(out + i * n, y + i * n, 2 * n);
-        else own_row(x + i * in, y + i * n, a + at * in, b + at * n, scale + at, out + i * n, in, n, rank);
-    }
-}

@@ -102,7 +102,7 @@ def own(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor, place: Tensor
 
 
 def _sizes(x: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple:
-    return x.numel() // a.shape[1], a.shape[1], len(b), len(a), scale, torch.get_num_threads()
+    return x.numel() // a.shape[1], a.shape[1], len(b), len(a), float(scale), torch.get_num_threads()
 
 
 def _checked(failed: int) -> None:

@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,22 +21,27 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 FOLDER = Path(__file__).parent
-SOURCES = ("documents.c", "low_rank.c", "passes.c")
+SOURCES = ("documents.c", "low_rank.c", "passes.c", "rows.c", "layer.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")     # OpenMP: torch's own threads, by the library's name
 CLOSE = 0.02                                          # how near to its plain twin a kernel must be in bfloat16, relatively
 
 
 def run(name: str, *args: Any) -> int:
     """Call a kernel; tensors go as addresses. With tensors that have no numbers (a rehearsal's) nothing is to be done."""
-    if any(isinstance(a, FakeTensor) for a in args):
+    numbers = [a.data_ptr() if isinstance(a, Tensor) and not isinstance(a, FakeTensor) else a for a in args]
+    if any(isinstance(a, FakeTensor) for a in numbers):
         return 0
-    return getattr(library(), name)(*(_argument(a) for a in args))
+    return (_kernels.get(name) or _kernel(name, args))(*numbers)
 
 
-def _argument(a: Any) -> Any:
-    if a is None or isinstance(a, Tensor):
-        return ctypes.c_void_p(None if a is None else a.data_ptr())
-    return ctypes.c_float(a) if isinstance(a, float) else ctypes.c_long(a) if isinstance(a, int) else a
+_kernels: dict[str, Callable[..., int]] = {}
+
+
+def _kernel(name: str, args: Sequence[Any]) -> Callable[..., int]:
+    """The function, which takes numbers of the kinds of these in every call; a tensor, None or an array is an address."""
+    kernel = getattr(library(), name)
+    kernel.argtypes = [ctypes.c_float if isinstance(a, float) else ctypes.c_long if isinstance(a, int) else ctypes.c_void_p for a in args]
+    return _kernels.setdefault(name, kernel)
 
 
 def close(made: Tensor, wanted: Tensor, within: float | None = None) -> bool:

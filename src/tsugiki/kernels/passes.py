@@ -26,14 +26,25 @@ KINDS = (torch.bfloat16, torch.float32)
 NEAR = {torch.bfloat16: 5e-4, torch.float32: 1e-5}    # relatively, in a probe: nearer than another way to round, or another GELU
 ROTARY = "apply_rotary_pos_emb"                       # what transformers' modeling files call it
 FEW = 4096                                            # numbers: below, a call costs more than the pass;
-MANY = 1 << 16                                        # below, one thread is as quick as several
+MANY = 1 << 15                                        # below, one thread is as quick as several
 
 
-def _takes(*tensors: Tensor) -> bool:
-    """Whether a kernel may run on these, of one shape."""
-    first = tensors[0]
-    return all(t.device.type == "cpu" and t.dtype is first.dtype for t in tensors) and first.dtype in KINDS \
-        and first.numel() >= FEW and not torch.compiler.is_compiling()         # a compiler fuses them into their neighbours
+def _takes(first: Tensor, second: Tensor) -> bool:
+    """Whether a kernel may run on these."""
+    return first.dtype is second.dtype and first.dtype in KINDS and first.is_cpu and second.is_cpu and first.numel() >= FEW \
+        and not torch.compiler.is_compiling()         # a compiler fuses them into their neighbours
+
+
+class NoContext:
+    """What a pass is given to remember things for its backward, where there will be none."""
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        pass
+
+
+def _applied(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply(*args), without its cost where no gradients are made: in decoding more than the pass itself."""
+    return function.apply(*args) if torch.is_grad_enabled() else function.forward(NoContext(), *args)
 
 
 def _wide(t: Tensor) -> int:
@@ -129,7 +140,7 @@ class Norm:
     def __call__(self, x: Tensor) -> Tensor:
         if not _takes(x, self.module.weight):
             return self.plain(x)
-        return RMSNorm.apply(x, self.module.weight, self.eps, self.offset, self.inner)
+        return _applied(RMSNorm, x, self.module.weight, self.eps, self.offset, self.inner)
 
 
 @dataclass(frozen=True)
@@ -144,7 +155,7 @@ class GatedMLP:
             return self.plain(x)
         gate, up = mlp.gate_proj(x), mlp.up_proj(x)
         if _takes(gate, up) and gate.shape == up.shape:
-            return mlp.down_proj(Gated.apply(gate, up, self.tanh))
+            return mlp.down_proj(_applied(Gated, gate, up, self.tanh))
         return mlp.down_proj(mlp.act_fn(gate) * up)
 
 
@@ -156,7 +167,7 @@ class Rotation:
         fits = not (args or kwargs) and q.dim() == 4 and _takes(q, k) and cos.device.type == "cpu" \
             and cos.dtype in KINDS and sin.dtype is cos.dtype and cos.shape == sin.shape and cos.shape[0] in (1, q.shape[0]) \
             and q.shape[2:] == k.shape[2:] == cos.shape[1:] and q.shape[3] % 2 == 0
-        return (Rotary.apply(q, cos, sin), Rotary.apply(k, cos, sin)) if fits else self.plain(q, k, cos, sin, *args, **kwargs)
+        return (_applied(Rotary, q, cos, sin), _applied(Rotary, k, cos, sin)) if fits else self.plain(q, k, cos, sin, *args, **kwargs)
 
 
 @contextmanager

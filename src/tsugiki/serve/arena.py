@@ -19,7 +19,7 @@ SLACK = 1.25                                          # columns a full arena has
 
 
 class Layer(DynamicLayer):
-    """One layer's buffers, (R, H, capacity, D) each; keys may lie in memory as (R, H, D, capacity)."""
+    """One layer's buffers, (R, H, capacity, D) each."""
     _layer_type = None                                # not for transformers to choose by itself
 
     def __init__(self, arena: Arena) -> None:
@@ -28,13 +28,17 @@ class Layer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """New columns of all rows, (B, H, T, D) each; gives the window with them."""
-        arena, count, width = self.arena, *key_states.shape[0::2]
+        count, width = key_states.shape[0::2]
         if self.buffers is None:
-            self.buffers = tuple(arena.empty(states, k) for k, states in enumerate((key_states, value_states)))
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:count, :, arena.end:arena.end + width] = states
+            self.buffers = tuple(self.arena.empty(states) for states in (key_states, value_states))
+        for view, states in zip(self.place(count, width), (key_states, value_states), strict=True):
+            view[:, :, view.shape[2] - width:] = states
         self.is_initialized = True
-        self.keys, self.values = (b[:count, :, arena.start:arena.end + width] for b in self.buffers)
+        return self.keys, self.values
+
+    def place(self, rows: int, count: int) -> tuple[Tensor, Tensor]:
+        """The window of the first rows with `count` new columns at its end, which are to be written."""
+        self.keys, self.values = (b[:rows, :, self.arena.start:self.arena.end + count] for b in self.buffers)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -47,9 +51,9 @@ class Layer(DynamicLayer):
 class Arena(Cache):
     """The cache of the rows that run. `lengths` says how many columns each has."""
 
-    def __init__(self, transposed: bool = False, limit: int | None = None):
+    def __init__(self, limit: int | None = None):
         super().__init__(layer_class_to_replicate=partial(Layer, self))
-        self.transposed, self.limit = transposed, limit
+        self.limit = limit
         self.lengths: list[int] = []
         self.end = self.capacity = self.rows = 0
 
@@ -57,12 +61,9 @@ class Arena(Cache):
     def start(self) -> int:
         return self.end - max(self.lengths, default=0)
 
-    def empty(self, like: Tensor, values: int) -> Tensor:
+    def empty(self, like: Tensor) -> Tensor:
         """A buffer for states (?, H, ?, D). Zeros: what is masked must be finite all the same, NaN would pass through a mask."""
-        heads, width = like.shape[-3], like.shape[-1]
-        if self.transposed and not values:
-            return like.new_zeros(self.rows, heads, width, self.capacity).transpose(-2, -1)
-        return like.new_zeros(self.rows, heads, self.capacity, width)
+        return like.new_zeros(self.rows, like.shape[-3], self.capacity, like.shape[-1])
 
     def room(self, rows: int, length: int, more: int) -> None:
         """Make place for `rows` rows, for one of `length` columns that end where all end, and for `more` columns after it."""
@@ -84,9 +85,9 @@ class Arena(Cache):
             old = layer.buffers
             layer.keys = layer.values = layer.buffers = None
             new = []
-            for k, buffer in enumerate(old):
-                new.append(self.empty(buffer, k))
-                new[k][:count, :, end - used:end] = buffer[:count, :, old_end - used:old_end]
+            for buffer in old:
+                new.append(self.empty(buffer))
+                new[-1][:count, :, end - used:end] = buffer[:count, :, old_end - used:old_end]
             layer.buffers = tuple(new)
 
     def put(self, row: int, kv: KV, end: int) -> None:
@@ -95,7 +96,7 @@ class Arena(Cache):
             self.layers.append(self.layer_class_to_replicate())
         for layer, states in zip(self.layers, kv, strict=True):
             if layer.buffers is None:
-                layer.buffers = tuple(self.empty(t, k) for k, t in enumerate(states))
+                layer.buffers = tuple(self.empty(t) for t in states)
                 layer.is_initialized = True
             for buffer, t in zip(layer.buffers, states, strict=True):
                 buffer[row, :, end - t.shape[-2]:end] = t

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from tsugiki.adapters import attach
 from tsugiki.errors import UserError
 from tsugiki.evaluate.packed import packed
-from tsugiki.kernels import one_token
 from tsugiki.load import max_positions
 from tsugiki.serve.arena import Arena, past_of
 from tsugiki.serve.rows import Row
@@ -25,14 +24,13 @@ class Forward:
     def __init__(self, model: nn.Module, steps: int):
         self.model, self.home, self.body = model, attach(model), packed(model, steps)
         self.device = model.get_input_embeddings().weight.device
-        self.transposed = one_token.active(self.body) and model.dtype in one_token.FASTER
         self.counts = "position_ids" in self.home.arguments and not self.home.family.positions_from_mask
-        self.arena = Arena(self.transposed)
+        self.arena = Arena()
         self.column_bytes = self._probe()
 
     def renew(self) -> None:
         """An empty cache for those that run."""
-        self.arena = Arena(self.transposed, self.arena.limit)
+        self.arena = Arena(self.arena.limit)
 
     def longest(self) -> int | None:
         """Positions a row may take."""

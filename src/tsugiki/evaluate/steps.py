@@ -1,0 +1,167 @@
+"""Decoder layers that decode in one call (kernels/layer.py), in a copy of a model: which can, and for which forwards.
+
+A layer can if it has the parts of Llama's by name, each already replaced by what computes it, and a probe of the whole agrees.
+A forward goes so if it is of one token a row, with the caches here, and all that adapters change is LoRA on its linears; what else
+comes, a hook or another method, goes by the layer's own modules.
+"""
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tsugiki.evaluate.cache import grown
+from tsugiki.kernels import rows
+from tsugiki.kernels.layer import LINEARS, LayerArgs, LinearArgs, NormArgs, step
+from tsugiki.kernels.native import close
+from tsugiki.kernels.one_token import NAME
+from tsugiki.kernels.passes import GatedMLP, Norm
+from tsugiki.pool import Plan
+from tsugiki.route import using
+from tsugiki.tap import Tap, entry_hook, exit_hook
+
+
+@dataclass(frozen=True)
+class Step:
+    """What stands in for a decoder layer's forward."""
+    module: nn.Module
+    plain: Callable[..., Tensor]
+    args: LayerArgs
+    linears: tuple[nn.Module, ...]                    # in the order of LINEARS
+    norms: tuple[Norm, ...]
+    hooks: tuple[tuple[dict, int], ...]               # of the parts, and how many there were, all of them taps'
+    taps: tuple[Tap, ...]
+    of: tuple[Tap | None, ...]                        # those at the outputs of the linears
+    at: tuple[int, ...]                               # where the norms' weights lie
+    made: dict[int, tuple[tuple[Plan, ...], LayerArgs]] = field(default_factory=dict, compare=False)     # by thread
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        found = None if args else self._arguments(hidden_states, kwargs)
+        if found is None:
+            return self.plain(hidden_states, *args, **kwargs)
+        layer, (cos, sin), cache, mask = found
+        return step(layer, hidden_states, cos, sin, *cache.place(len(hidden_states), 1), mask)
+
+    def _arguments(self, x: Tensor, kwargs: dict[str, Any]) -> tuple[LayerArgs, tuple[Tensor, Tensor], Any, Tensor | None] | None:
+        """What `step` takes; None where it does not compute this."""
+        attention, mask, angles = self.module.self_attn, kwargs.get("attention_mask"), kwargs.get("position_embeddings")
+        caches = getattr(kwargs.get("past_key_values"), "layers", ())
+        if torch.is_grad_enabled() or x.dtype is not torch.bfloat16 or x.dim() != 3 or x.shape[1] != 1 or len(x) > rows.MOST \
+                or angles is None or attention.layer_idx >= len(caches) or self.module.training \
+                or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+            return None
+        cache, (cos, sin) = caches[attention.layer_idx], angles
+        ready = getattr(cache, "is_initialized", False) and hasattr(cache, "place")
+        turns = cos.dtype is sin.dtype is x.dtype and cos.shape == sin.shape and cos.is_contiguous() and sin.is_contiguous() \
+            and cos.shape[1:] == (1, self.args.d) and len(cos) in (1, len(x))
+        seen = mask is None or mask.dtype is torch.bool and mask.dim() == 4 and mask.shape[1:3] == (1, 1) \
+            and mask.shape[3] == cache.get_seq_length() + 1 and mask.stride(3) == 1 and len(mask) in (1, len(x))
+        if not (ready and turns and seen) or attention.config._attn_implementation != NAME or not self._as_built():
+            return None
+        layer = self._with_adapters(x) if self.taps else self.args
+        return None if layer is None else (layer, angles, cache, mask)
+
+    def _as_built(self) -> bool:
+        return all(len(hooks) == count for hooks, count in self.hooks) and not any(linear.changed for linear in self.linears) \
+            and all(norm.module.weight.data_ptr() == at for norm, at in zip(self.norms, self.at, strict=True))
+
+    def _with_adapters(self, x: Tensor) -> LayerArgs | None:
+        """The arguments with the rows' own adapters; None if some change more than the outputs of linears, by more than low rank."""
+        ctx = self.taps[0].context()
+        names = {name for level in ctx.route for name, _, _ in level}
+        if not any(names & tap.names for tap in self.taps):
+            return self.args
+        if len(ctx.route) != 1 or ctx.size != len(x) or any(names & tap.names for tap in self.taps if tap not in self.of or tap.pres):
+            return None
+        plans = tuple(None if tap is None or not names & tap.names else tap.pools.of(tap.posts, ctx.route[0], x, ctx)
+                      for tap in self.of)
+        if any(p is not None and (p.pool is None or any(name in tap.names for name, _, _ in p.rest))
+               for p, tap in zip(plans, self.of, strict=True)):
+            return None
+        known = self.made.get(threading.get_ident())
+        if known is None or any(a is not b for a, b in zip(known[0], plans, strict=True)):
+            known = self.made[threading.get_ident()] = plans, self._changed(plans)
+        return known[1]
+
+    def _changed(self, plans: tuple[Plan | None, ...]) -> LayerArgs:
+        new = LayerArgs.from_buffer_copy(self.args)
+        for name, plan in zip(LINEARS, plans, strict=True):
+            if plan is not None:
+                linear, pool = getattr(new, name), plan.pool
+                linear.a, linear.b, linear.scale = (t.data_ptr() for t in (pool.a, pool.b, pool.scale))
+                linear.place, linear.rank = plan.place.data_ptr(), pool.rank
+        return new
+
+
+def step_of(layer: nn.Module) -> Step | None:
+    """What stands in for this layer, a copy whose linears are laid out, whose norms and MLP are single passes; None if nothing."""
+    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    if attention is None or not isinstance(vars(mlp).get("forward") if mlp is not None else None, GatedMLP):
+        return None
+    try:
+        made = _built(layer, attention, mlp)
+    except AttributeError:                            # it has other parts
+        return None
+    return made if made is not None and _same(made) else None
+
+
+def _built(layer: nn.Module, attention: nn.Module, mlp: nn.Module) -> Step | None:
+    linears = tuple(getattr(p, f"{name}_proj") for p, names in ((attention, "qkvo"), (mlp, ("gate", "up", "down"))) for name in names)
+    modules = [layer.input_layernorm, layer.post_attention_layernorm, getattr(attention, "q_norm", None),
+               getattr(attention, "k_norm", None)]
+    norms = [None if m is None else vars(m).get("forward") for m in modules]
+    if not all(isinstance(getattr(linear, "laid", None), rows.Laid) for linear in linears) \
+            or not all(isinstance(n, Norm) for n, m in zip(norms, modules, strict=True) if m is not None):
+        return None
+    d, hidden = attention.head_dim, linears[0].in_features
+    sizes = [(m.in_features, m.out_features) for m in linears]
+    (_, q), (_, k), wide = sizes[0], sizes[1], sizes[4][1]
+    fits = sizes == [(hidden, q), (hidden, k), (hidden, k), (q, hidden), (hidden, wide), (hidden, wide), (wide, hidden)] \
+        and d % 32 == 0 and q % d == k % d == 0 and q // d % (k // d) == 0 \
+        and [len(n.module.weight) for n in norms if n is not None] == [hidden, hidden, *[d] * sum(n is not None for n in norms[2:])] \
+        and all(n.module.weight.dtype is torch.bfloat16 for n in norms if n is not None)
+    parts = [attention, mlp, mlp.act_fn, *linears, *(m for m in modules if m is not None)]
+    hooks = [h for part in parts for h in (part._forward_pre_hooks, part._forward_hooks)]
+    if not fits or any(hook not in (entry_hook, exit_hook) for h in hooks for hook in h.values()):
+        return None
+    args = LayerArgs(
+        *(NormArgs() if n is None else NormArgs(n.module.weight.data_ptr(), n.eps, n.offset, int(n.inner)) for n in norms),
+        *(LinearArgs(m.laid.tiles.data_ptr(), None if m.bias is None else m.bias.data_ptr(), m.out_features, m.in_features)
+          for m in linears), q // d, k // d, d, int(vars(mlp)["forward"].tanh), attention.scaling)
+    there = tuple(n for n in norms if n is not None)
+    taps = {id(t): t for part in parts for name in ("taps_in", "taps_out") for t in vars(part).get(name, ())}
+    of = (next((t for t in vars(m).get("taps_out", ()) if not t.span and t.features is None), None) for m in linears)
+    return Step(layer, layer.forward, args, linears, there, tuple((h, len(h)) for h in hooks), tuple(taps.values()), tuple(of),
+                tuple(n.module.weight.data_ptr() for n in there))
+
+
+@torch.no_grad()
+def _same(made: Step) -> bool:
+    """Whether both make the same of random numbers: small ones in the layer's stream, so that what it adds is seen, and large ones
+    in its cache, so that every token's score matters."""
+    args, layer, g = made.args, made.module, torch.Generator().manual_seed(0)
+    index, d, kv = layer.self_attn.layer_idx, args.d, args.kv_heads
+
+    def draw(*shape: int, size: float = 1.0) -> Tensor:
+        return (size * torch.randn(shape, generator=g)).bfloat16()
+    x, cos, sin = draw(2, 1, args.q.width, size=0.05), draw(2, 1, d), draw(2, 1, d)
+    before = [draw(2, kv, 5, d, size=8.0) for _ in range(2)]
+    mask = torch.arange(6).expand(2, 1, 1, 6) >= torch.tensor([0, 2]).view(2, 1, 1, 1)
+    caches = grown(), grown()
+    for cache in caches:
+        cache.update(*before, index)
+    theirs, ours = (cache.layers[index] for cache in caches)
+    try:
+        with using(made.taps[0].home if made.taps else None, None):           # the base alone
+            wanted = made.plain(x, attention_mask=mask, position_embeddings=(cos, sin), past_key_values=caches[0],
+                                position_ids=torch.tensor([[5], [3]]), use_cache=True)
+    except (TypeError, ValueError, RuntimeError, AttributeError):              # its forward takes something else
+        return False
+    if not isinstance(wanted, Tensor) or wanted.shape != x.shape or wanted.dtype is not x.dtype:
+        return False
+    out = step(args, x, cos, sin, *ours.place(2, 1), mask)
+    return all(close(a, b) for a, b in ((out, wanted), (ours.keys, theirs.keys), (ours.values, theirs.values)))
