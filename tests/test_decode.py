@@ -6,7 +6,6 @@ import threading
 
 import pytest
 import torch
-import torch.nn.functional as F
 from tiny import METHOD_CASES, SPECS, attached, ids, tiny
 from torch import nn
 from transformers import StoppingCriteriaList, TextStreamer
@@ -15,7 +14,6 @@ from tsugiki.evaluate import packed as packing
 from tsugiki.evaluate.cache import BLOCK, Grown, grown
 from tsugiki.evaluate.decode import Decoder, _Rows
 from tsugiki.evaluate.packed import Packed, packed
-from tsugiki.kernels import one_token
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 WHO = [name for name in ("lora", "series", "prefix", "prompt", "llama_adapter", "reft", "bitfit", "ia3") if name in METHOD_CASES]
@@ -25,11 +23,9 @@ family = pytest.mark.parametrize("kind", SPECS)
 
 @pytest.fixture(autouse=True)
 def everything_is_packed(monkeypatch):
-    """Tiny linears and short generations too, and attention of one token in every dtype."""
+    """Tiny linears and short generations too."""
     monkeypatch.setattr(packing, "PAYS", 0)
     monkeypatch.setattr(packing, "SMALLEST", 0)
-    monkeypatch.setattr(one_token, "SMALLEST", 0)
-    monkeypatch.setattr(one_token, "FASTER", (F64, F32, BF16))
 
 
 @pytest.fixture
@@ -263,7 +259,7 @@ def test_only_plain_linears_are_packed_and_only_where_it_pays(monkeypatch):
         m.setattr(packing, "available", lambda device: 1000)
         assert packed(plain, 100) is plain
     monkeypatch.setattr(packing, "PAYS", 24)
-    assert packed(plain, 23) is plain
+    assert packed(plain, 7) is plain
 
 
 def test_a_merge_after_packing_is_seen():
@@ -278,10 +274,9 @@ def test_a_merge_after_packing_is_seen():
     assert torch.equal(merged, model.generate(**options)) and not torch.equal(merged, base)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("length", [BLOCK - 2, BLOCK - 1, BLOCK, BLOCK + 1])
-def test_the_cache_holds_what_was_put_in_and_the_rows_that_were_kept(length, transposed):
-    cache: Grown = grown(transposed)
+def test_the_cache_holds_what_was_put_in_and_the_rows_that_were_kept(length):
+    cache: Grown = grown()
     draw = torch.Generator().manual_seed(0)
     k, v = (torch.randn(4, 2, length + 70, d, generator=draw) for d in (8, 5))
     for start, end in ((0, length), *((n, n + 1) for n in range(length, length + 70))):
@@ -293,42 +288,6 @@ def test_the_cache_holds_what_was_put_in_and_the_rows_that_were_kept(length, tra
         assert cache.get_seq_length() == start - cut and cache.get_mask_sizes(1, 0) == (start - cut + 1, 0)
         keys, values = cache.update(k[..., start:end, :], v[..., start:end, :], 0)
         assert torch.equal(keys, k[..., cut:end, :]) and torch.equal(values, v[..., cut:end, :])
-        if start:
-            assert (keys.stride(-2) == 1) == transposed and values.stride(-1) == 1
-
-
-@pytest.mark.parametrize("heads, kv_heads", [(6, 6), (6, 2), (6, 1)])
-@pytest.mark.parametrize("dtype, near", [(F64, 1e-14), (F32, 1e-6), (BF16, 2e-2)])
-def test_attention_of_one_token_is_that_of_torch(heads, kv_heads, dtype, near):
-    draw = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(3, h, n, d, generator=draw).to(dtype) for h, n, d in
-               ((heads, 1, 8), (kv_heads, 11, 8), (kv_heads, 11, 5)))
-    seen = torch.arange(11) >= torch.tensor([0, 4, 10])[:, None, None, None]                  # (B, 1, 1, L)
-    for mask in (None, seen):
-        want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True).transpose(1, 2)
-        added = None if mask is None else torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-        for key in (k, k.transpose(2, 3).contiguous().transpose(2, 3)):
-            assert float((one_token.one_token(q, key, v, added, 0.3) - want).abs().max()) <= near
-
-
-@family
-def test_attention_of_one_token_takes_the_steps_of_every_model_that_had_sdpa_by_name(kind, monkeypatch):
-    model, calls = tiny(kind), []
-    plain = one_token.one_token
-    monkeypatch.setattr(one_token, "one_token", lambda *args: calls.append(args[0].shape) or plain(*args))
-    Decoder(model, 3).generate(**left_padded(3), max_new_tokens=3, do_sample=False, eos_token_id=None)
-    own = kind in ("gptj", "bloom", "gemma2", "falcon")                         # they call no attention by name
-    assert len(calls) == (0 if own else 2 * model.config.num_hidden_layers)
-    assert model.config._attn_implementation != one_token.NAME
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_keys_lie_transposed_only_where_torchs_kernel_takes_no_step(dtype, monkeypatch):
-    made = []
-    monkeypatch.setattr(one_token, "FASTER", (BF16,))
-    monkeypatch.setattr(sys.modules[Decoder.__module__], "grown", lambda transposed: made.append(transposed) or grown(transposed))
-    Decoder(tiny("llama", dtype), 3).generate(**left_padded(3), max_new_tokens=3, do_sample=False, eos_token_id=None)
-    assert made == [dtype == BF16]
 
 
 def test_answers_and_the_command_line_go_through_the_loop():

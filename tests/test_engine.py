@@ -9,14 +9,13 @@ import time
 import pytest
 import torch
 from kit import TOKENIZER
-from serving import F64, WHO, another, draw_requests, greedy, serve, submit
+from serving import WHO, another, draw_requests, greedy, serve, submit
 from tiny import METHOD_CASES, SPECS, ids
 from tokenizers_tiny import tokenizer
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from tsugiki.data import Renderer
 from tsugiki.evaluate import packed as packing
-from tsugiki.kernels import one_token
 from tsugiki.serve import sampling
 from tsugiki.serve.engine import Request, Sampling
 from tsugiki.serve.text import Writer
@@ -27,10 +26,8 @@ LONG = 60                                             # seconds after which an a
 
 @pytest.fixture(autouse=True)
 def everything_is_packed(monkeypatch):
-    """Tiny linears too, and attention of one token in every dtype, with keys that lie transposed."""
+    """Tiny linears too."""
     monkeypatch.setattr(packing, "SMALLEST", 0)
-    monkeypatch.setattr(one_token, "SMALLEST", 0)
-    monkeypatch.setattr(one_token, "FASTER", (F64, torch.float32, torch.bfloat16))
 
 
 @pytest.fixture(scope="module")

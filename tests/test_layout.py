@@ -47,7 +47,7 @@ GRAPH: dict[str, set[str]] = {
              "train"},
     "api": {"config", "core", "data", "errors", "evaluate", "load", "methods", "train", "weights"},
     "compare": {"config", "data", "errors", "evaluate", "load", "memory", "methods", "plan", "train"},
-    "serve": {"core", "data", "errors", "evaluate", "formats", "kernels", "load", "memory", "weights"},
+    "serve": {"core", "data", "errors", "evaluate", "formats", "load", "memory", "weights"},
     "top": {"api", "config", "core", "errors", "load", "methods", "sites", "train"},
     "cli": {"api", "capabilities", "combine", "compare", "config", "core", "data", "errors", "evaluate", "formats", "load",
             "methods", "plan", "serve", "train"},

@@ -22,7 +22,7 @@ from .edit import Edit
 from .kernels import low_rank
 from .route import Context, Level, Stack
 
-FEWEST = 2                                            # adapters from which it is used
+FEWEST = 2                                            # adapters from which it is used where it is not compiled
 
 
 class Pool:
@@ -121,10 +121,10 @@ class Pools:
         return plan
 
     def _made(self, edits: Mapping[str, Edit], level: Level, t: Tensor, ctx: Context, known: Container[Edit]) -> Plan:
-        low = {name: edits[name] for name, rows, weight in level
-               if rows is not None and weight == 1.0 and name in edits and edits[name].factors() is not None}
+        low = {name: edits[name] for name, _, weight in level
+               if weight == 1.0 and name in edits and edits[name].factors() is not None}
         chosen, thread = tuple(low.values()), threading.get_ident()
-        if len(chosen) >= FEWEST:
+        if len(chosen) >= (1 if low_rank.compiled(t) else FEWEST):
             owner, pool = self.mine
             fits = pool is not None and owner == thread and pool.a.dtype == t.dtype
             places = pool.places(chosen, known) if fits else None

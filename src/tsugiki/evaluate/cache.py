@@ -30,7 +30,7 @@ class Layer(DynamicLayer):
         return self.keys, self.values
 
     def place(self, rows: int, count: int, states: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """All rows' keys and values with `count` new positions at the end, which are to be written. states: like them, the first time."""
+        """All rows' keys and values with `count` new positions at the end, to be written. states: like them, the first time."""
         start, self.length = self.length, self.length + count
         if self.buffers is None or self.length > self.buffers[0].shape[-2]:
             self._grow(states or self.buffers, start)

@@ -5,7 +5,6 @@ hands over to `_Loop` where it would enter its own loop. What that loop does not
 """
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -158,17 +157,17 @@ class _Rows:
         self.who = None if ids is UNSET else [dict(row) for row in stacks(ids, len(input_ids))]
 
     def prefill(self) -> Tensor:
-        """(B, 1 or T, V): through the model itself; packed weights gain nothing on many tokens."""
-        return self._forward(self.model, is_first_iteration=True, next_sequence_length=self.ids.shape[1])
+        """(B, 1 or T, V)"""
+        return self._forward(is_first_iteration=True, next_sequence_length=self.ids.shape[1])
 
     def step(self) -> Tensor:
-        return self._forward(self.body, next_sequence_length=1)
+        return self._forward(next_sequence_length=1)
 
-    def _forward(self, run: Callable, **options: Any) -> Tensor:
+    def _forward(self, **options: Any) -> Tensor:
         inputs = self.model.prepare_inputs_for_generation(self.ids, **options, **self.kwargs)
         if self.who is not None:
             inputs["adapter_ids"] = self.who if any(row != self.who[0] for row in self.who) else self.who[:1]
-        out = run(**inputs, return_dict=True)
+        out = self.body(**inputs, return_dict=True)
         if out.get("past_key_values") is not self.cache or not self.cache.get_seq_length():
             raise _Unknown                            # the model keeps its state elsewhere
         return out.logits

@@ -2,14 +2,13 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from tsugiki.evaluate.steps import step_of
 from tsugiki.kernels import rows
@@ -17,23 +16,25 @@ from tsugiki.kernels.one_token import with_one_token
 from tsugiki.kernels.passes import GatedMLP, Norm, carry, standing_in
 from tsugiki.memory import available
 
-PAYS = 24                                             # decoding steps from which packing costs less than it saves
+PAYS = 24                                             # decoding steps from which packing costs less than it saves; a third of
+                                                      # them where weights are laid out by kernels/rows, which saves more
 SMALLEST = 1 << 14                                    # weights of a linear from which the product outweighs the call
+MANY = 256                                            # rows from which torch's own product of a packed weight gains nothing
 SHARE = 0.5                                           # of the memory that is free now
 CLOSE = {torch.bfloat16: 0.0, torch.float32: 1e-5}    # how far a product may be from torch's own, relative to its size
 
 
 class Packed(nn.Linear):
     """A linear with a packed copy of its weight, for inference; everything else is the linear that it stands for."""
-    product: Callable[[Tensor, Tensor | None], Tensor]                        # of the copy, with a bias
-    most: float                                       # rows that it takes
+    product: Callable[[Tensor, Tensor | None], Tensor] | None                 # of the copy, with a bias
+    most: int                                         # rows that it takes; 0 if there is no copy
     laid: rows.Laid | None                            # the copy, if that is what it is
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         if self.changed or x.dtype is not weight.dtype or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") \
                 or x.numel() > self.most * x.shape[-1]:
-            return F.linear(x, weight, bias)
+            return F.linear(x.contiguous(), weight, bias)             # torch's is very slow on a slice, if the weight is frozen
         return self.product(x, bias)
 
     @property
@@ -49,20 +50,25 @@ def _product(copy: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
 
 def packed(model: nn.Module, steps: int) -> nn.Module:
     """A model that shares everything with `model` but its linears, which are packed, its attention, which is that of
-    kernels/one_token where it was transformers' sdpa, and its norms and gates (kernels/passes); `model` itself where that does not
-    pay.
+    kernels/one_token where it was transformers' sdpa, its norms and gates (kernels/passes), and whole layers where one call does
+    all that is in them (steps.py). Where that does not pay, only its output head takes slices as they are.
 
     Modules on the way to a linear are shallow copies: parameters, hooks and adapters are the same objects. For decoding
     on a CPU in bfloat16 and float32, the same to rounding; `steps` tokens will be decoded.
     """
-    if steps < PAYS or next(model.parameters()).device.type != "cpu":
+    if next(model.parameters()).device.type != "cpu":
         return model
+    if steps < (PAYS // 3 if next(model.parameters()).dtype is torch.bfloat16 and rows.works() else PAYS):
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        plain = type(head) is nn.Linear and "forward" not in vars(head)
+        return _copy(model, {head: _as_packed(head)}, whole=False) if plain else model
     linears = [m for m in model.modules() if _fits(m)]
     size = sum(m.weight.numel() * m.weight.element_size() for m in linears)
     fits = size <= SHARE * available(torch.device("cpu"))
     with torch.no_grad():
         by = {m: _pack(m) for m in linears} if fits else {}
-        return _copy(model, by | {m: _passing(m, s) for m in model.modules() if isinstance(s := standing_in(m), Norm)})
+        by |= {m: _passing(m, s) for m in model.modules() if isinstance(s := standing_in(m), Norm)}
+        return _copy(model, by, named=getattr(model, "_supports_attention_backend", False))
 
 
 def _fits(module: nn.Module) -> bool:
@@ -89,14 +95,18 @@ def _works(dtype: torch.dtype) -> bool:
 
 
 def _pack(linear: nn.Linear) -> Packed:
-    new = _shallow(linear)
-    new.__class__ = Packed
     weight, laid = linear.weight, None
     if rows.fits(weight):
         laid = rows.laid(weight)
         product, most = laid.product, rows.MOST
     else:
-        product, most = functools.partial(_product, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)), math.inf
+        product, most = functools.partial(_product, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)), MANY
+    return _as_packed(linear, product, most, laid)
+
+
+def _as_packed(linear: nn.Linear, product: Callable | None = None, most: int = 0, laid: rows.Laid | None = None) -> Packed:
+    new, weight = _shallow(linear), linear.weight
+    new.__class__ = Packed
     new.__dict__.update(source=weight, version=weight._version, product=product, most=most, laid=laid)
     return new
 
@@ -108,19 +118,22 @@ def _passing(norm: nn.Module, stands_in: Norm) -> nn.Module:
     return new
 
 
-def _copy(module: nn.Module, by: dict[nn.Module, nn.Module]) -> nn.Module:
-    """The module with what `by` replaces; itself if nothing in it is replaced. A module that is there twice becomes one."""
+def _copy(module: nn.Module, by: dict[nn.Module, nn.Module], whole: bool = True, named: bool = False) -> nn.Module:
+    """The module with what `by` replaces, and if `whole` MLPs and layers for decoding, and attention if it is called by name;
+    itself if nothing in it is replaced. A module that is there twice becomes one."""
     if module in by:
         return by[module]
-    children = {name: child and _copy(child, by) for name, child in module._modules.items()}
+    children = {name: child and _copy(child, by, whole, named) for name, child in module._modules.items()}
     config = getattr(module, "config", None)
-    other = with_one_token(config) if isinstance(config, PretrainedConfig) else config
+    other = with_one_token(config) if named and isinstance(config, PretrainedConfig) else config
     if other is config and all(children[name] is child for name, child in module._modules.items()):
         return module
     new = by[module] = _shallow(module)
     new.__dict__["_modules"] = children
     if other is not config:
         new.__dict__["config"] = other
+    if not whole:
+        return new
     if isinstance(stands_in := standing_in(module), GatedMLP):
         new.__dict__["forward"] = replace(stands_in, module=new)
     elif (step := step_of(new)) is not None:

@@ -70,12 +70,13 @@ class Step:
             and all(norm.module.weight.data_ptr() == at for norm, at in zip(self.norms, self.at, strict=True))
 
     def _with_adapters(self, x: Tensor) -> LayerArgs | None:
-        """The arguments with the rows' own adapters; None if some change more than the outputs of linears, by more than low rank."""
+        """The arguments with the rows' own adapters; None if one changes more than outputs of linears, or by more than low rank."""
         ctx = self.taps[0].context()
         names = {name for level in ctx.route for name, _, _ in level}
         if not any(names & tap.names for tap in self.taps):
             return self.args
-        if len(ctx.route) != 1 or ctx.size != len(x) or any(names & tap.names for tap in self.taps if tap not in self.of or tap.pres):
+        elsewhere = any(names & tap.names for tap in self.taps if tap not in self.of or tap.pres)
+        if elsewhere or len(ctx.route) != 1 or ctx.size != len(x):
             return None
         plans = tuple(None if tap is None or not names & tap.names else tap.pools.of(tap.posts, ctx.route[0], x, ctx)
                       for tap in self.of)
@@ -110,7 +111,7 @@ def step_of(layer: nn.Module) -> Step | None:
 
 
 def _built(layer: nn.Module, attention: nn.Module, mlp: nn.Module) -> Step | None:
-    linears = tuple(getattr(p, f"{name}_proj") for p, names in ((attention, "qkvo"), (mlp, ("gate", "up", "down"))) for name in names)
+    linears = tuple(getattr(attention if len(name) == 1 else mlp, f"{name}_proj") for name in LINEARS)
     modules = [layer.input_layernorm, layer.post_attention_layernorm, getattr(attention, "q_norm", None),
                getattr(attention, "k_norm", None)]
     norms = [None if m is None else vars(m).get("forward") for m in modules]
@@ -122,8 +123,8 @@ def _built(layer: nn.Module, attention: nn.Module, mlp: nn.Module) -> Step | Non
     (_, q), (_, k), wide = sizes[0], sizes[1], sizes[4][1]
     fits = sizes == [(hidden, q), (hidden, k), (hidden, k), (q, hidden), (hidden, wide), (hidden, wide), (wide, hidden)] \
         and d % 32 == 0 and q % d == k % d == 0 and q // d % (k // d) == 0 \
-        and [len(n.module.weight) for n in norms if n is not None] == [hidden, hidden, *[d] * sum(n is not None for n in norms[2:])] \
-        and all(n.module.weight.dtype is torch.bfloat16 for n in norms if n is not None)
+        and all(n is None or len(n.module.weight) == size and n.module.weight.dtype is torch.bfloat16
+                for n, size in zip(norms, (hidden, hidden, d, d), strict=True))
     parts = [attention, mlp, mlp.act_fn, *linears, *(m for m in modules if m is not None)]
     hooks = [h for part in parts for h in (part._forward_pre_hooks, part._forward_hooks)]
     if not fits or any(hook not in (entry_hook, exit_hook) for h in hooks for hook in h.values()):

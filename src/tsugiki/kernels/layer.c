@@ -34,13 +34,9 @@ static void heads_of(const Norm *norm, bf16 *x, bf16 *to, long step, long heads,
     }
 }
 
-// Bytes of room for m rows, beside a thread's scores.
-long layer_room(const Layer *l, long m) {
-    return 2 * m * (3 * l->q.k + l->q.n + l->k.n + l->v.n + l->o.k + 2 * l->gate.n) + 64 * 16;
-}
-
 // out = the layer's output for x (m, hidden). cos, sin (m or 1, d). k, v: the cache's columns up to the new one, which is written here;
-// seen, by: as one_token takes them. Returns 0, or 1 if memory ran out.
+// seen, by: as one_token takes them. room: for what
+// lies between, as layer.py counts it. Returns 0, or 1 if memory ran out.
 int layer_step(const Layer *l, const bf16 *x, bf16 *out, const bf16 *cos, const bf16 *sin, long angle_row, bf16 *k, bf16 *v,
                const uint8_t *seen, const long *by, long m, long length, char *room, long threads) {
     long hidden = l->q.k, d = l->d, group = l->heads / l->kv_heads, qn = l->q.n, kn = l->k.n, vn = l->v.n, wide = l->gate.n;

@@ -1,6 +1,7 @@
 """A decoder layer for one new token a row, in one call: layer.c.
 
-    h = x + o(attention(rotary(norm(q(n))), rotary(norm(k(n))), v(n))), n = first(x);  out = h + down(act(gate(m)) up(m)), m = second(h)
+    n = first(x);   h = x + o(attention(rotary(norm(q(n))), rotary(norm(k(n))), v(n)))
+    m = second(h);  out = h + down(act(gate(m)) up(m))
 
 as in Llama (arXiv:2302.13971) and what follows it. Between the products a layer of small rows costs more in calls than in work.
 """
@@ -35,6 +36,7 @@ class LayerArgs(Structure):
                 ("heads", c_long), ("kv_heads", c_long), ("d", c_long), ("tanh", c_long), ("scaling", c_double))
 
 
+ALIGNED = 64                                          # bytes
 _own = threading.local()
 
 
@@ -51,7 +53,7 @@ def step(layer: LayerArgs, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, va
 
 def _room(layer: LayerArgs, rows: int) -> Tensor:
     """Memory of this thread for what lies between: new memory at every call would cost more than it is used."""
-    size = run("layer_room", ctypes.byref(layer), rows)
+    size = 2 * rows * (3 * layer.q.width + layer.q.out + layer.k.out + layer.v.out + layer.o.width + 2 * layer.gate.out) + ALIGNED
     if getattr(_own, "room", None) is None or _own.room.numel() < size:
         _own.room = torch.empty(size, dtype=torch.uint8)
     return _own.room

@@ -40,7 +40,8 @@ _kernels: dict[str, Callable[..., int]] = {}
 def _kernel(name: str, args: Sequence[Any]) -> Callable[..., int]:
     """The function, which takes numbers of the kinds of these in every call; a tensor, None or an array is an address."""
     kernel = getattr(library(), name)
-    kernel.argtypes = [ctypes.c_float if isinstance(a, float) else ctypes.c_long if isinstance(a, int) else ctypes.c_void_p for a in args]
+    kinds = ((float, ctypes.c_float), (int, ctypes.c_long), (object, ctypes.c_void_p))
+    kernel.argtypes = [next(c for kind, c in kinds if isinstance(a, kind)) for a in args]
     return _kernels.setdefault(name, kernel)
 
 

@@ -25,7 +25,7 @@ def takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> boo
     """Whether `one_token` computes on these. mask (B, 1, 1, L) bool, True: seen; or None."""
     seen = mask is None or mask.dtype is torch.bool and mask.shape[1:] == (1, 1, key.shape[2]) and mask.stride(3) == 1 \
         and len(mask) in (1, len(query))
-    return seen and query.dtype is key.dtype is value.dtype is torch.bfloat16 and query.shape[2] == 1 and query.device.type == "cpu" \
+    return seen and query.dtype is key.dtype is value.dtype is torch.bfloat16 and query.is_cpu and query.shape[2] == 1 \
         and query.shape[3] == value.shape[3] and query.shape[3] % 32 == 0 and key.stride(3) == value.stride(3) == 1 and works()
 
 
@@ -33,7 +33,7 @@ def one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
     """Attention of one query a row.
 
     query (B, H, 1, D), key and value (B, K, L, D), K dividing H, bfloat16; mask as in `takes`; between a load and a store
-    all is float32. What is not seen is not read. Returns (B, 1, H, D). Source: equation 1 of Vaswani et al. 2017 (arXiv:1706.03762).
+    all is float32. What is not seen is not read. Returns (B, 1, H, D). Source: equation 1 of arXiv:1706.03762.
     """
     b, h, _, d = query.shape
     kv, length = key.shape[1:3]

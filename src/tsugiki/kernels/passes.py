@@ -167,7 +167,9 @@ class Rotation:
         fits = not (args or kwargs) and q.dim() == 4 and _takes(q, k) and cos.device.type == "cpu" \
             and cos.dtype in KINDS and sin.dtype is cos.dtype and cos.shape == sin.shape and cos.shape[0] in (1, q.shape[0]) \
             and q.shape[2:] == k.shape[2:] == cos.shape[1:] and q.shape[3] % 2 == 0
-        return (_applied(Rotary, q, cos, sin), _applied(Rotary, k, cos, sin)) if fits else self.plain(q, k, cos, sin, *args, **kwargs)
+        if not fits:
+            return self.plain(q, k, cos, sin, *args, **kwargs)
+        return _applied(Rotary, q, cos, sin), _applied(Rotary, k, cos, sin)
 
 
 @contextmanager
