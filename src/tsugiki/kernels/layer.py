@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tsugiki.kernels.native import run
+from tsugiki.kernels.rows import ALONE
 
 
 class NormArgs(Structure):
@@ -43,7 +44,8 @@ _own = threading.local()
 def step(layer: LayerArgs, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """The layer's output for x (B, 1, D), B at most rows.MOST. cos, sin (B or 1, 1, d) contiguous; keys, values (B, K, L, d), whose
     last token is the new one's place: it is written; mask (B or 1, 1, 1, L) bool, True: seen; all else bfloat16."""
-    x, out, threads = x.contiguous(), torch.empty_like(x), torch.get_num_threads()
+    x, out = x.contiguous(), torch.empty_like(x)
+    threads = torch.get_num_threads() if layer.gate.out * layer.gate.width >= ALONE else 1
     by = (0, 0, *keys.stride()[:3], *values.stride()[:3], mask.stride(0) if mask is not None and len(mask) > 1 else 0)
     if run("layer_step", ctypes.byref(layer), x, out, cos, sin, cos.shape[2] if len(cos) > 1 else 0, keys, values, mask,
            (c_long * len(by))(*by), len(x), keys.shape[2], _room(layer, len(x)), threads):
