@@ -61,6 +61,7 @@ def grown(adapters, x, who, **kwargs):
 ROUNDS = {*LOOSER, "mixtral"}                         # families that compute something in float32 (Mixtral its router's softmax)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("kind", [k for k in FAMILIES if k not in ROUNDS])
 def test_every_gradient_is_that_of_central_differences(kind):
     """In a random direction through each trained tensor. All methods at once: row i uses method i alone, so it answers for it."""

@@ -120,7 +120,7 @@ def test_left_padding_right_padding_and_none_agree(kind):
                 assert difference(right[i, :len(row)], alone) <= LOOSER.get(kind, EXACT), (name, "right")
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(3)
 @family
 def test_generate_in_one_left_padded_batch_equals_alone_with_and_without_cache_and_with_beams(kind):
     model = tiny(kind, F64)
@@ -143,7 +143,7 @@ def test_generate_in_one_left_padded_batch_equals_alone_with_and_without_cache_a
     assert not torch.equal(together[:-1, 6:], model.generate(**batch, adapter_ids=[None] * len(who), **plain)[:-1, 6:])
 
 
-@pytest.mark.share(4)
+@pytest.mark.share(5)
 @family
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_is_exact_with_two_forwards_before_a_backward(kind, reentrant):

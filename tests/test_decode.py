@@ -45,7 +45,7 @@ def left_padded(count: int, width: int = 9) -> dict[str, torch.Tensor]:
     return {"input_ids": x, "attention_mask": mask}
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(3)
 @family
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
 def test_greedy_tokens_are_those_of_transformers_with_an_adapter_of_another_method_on_each_row(kind, dtype, seen):

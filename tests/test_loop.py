@@ -20,7 +20,7 @@ LOOKS = {"never": {"held": False}, "at the ends": {"held": True},
          "every other step, by choice": {"held": True, "eval_steps": 2, "eval": {"metric": "choice"}}}
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", CASES)
 def test_evaluating_every_step_or_never_trains_the_same_bits(name, tmp_path):
     found = {}

@@ -113,7 +113,7 @@ def peft_logits(model, x):
         return model.eval()(input_ids=x, attention_mask=torch.ones_like(x)).logits[:, -x.shape[1]:]
 
 
-@pytest.mark.share(9)
+@pytest.mark.share(13)
 @family
 @pytest.mark.parametrize("name", ["lora", "rslora", "all-linear", "regex", "head", "ranks", "lora-bias", "dora", "adalora", "vera",
                                   "prompt", "prefix", "ptuning", "encoded prefix", "ia3", "ia3-outputs", "ia3-regex", "loha",

@@ -70,7 +70,7 @@ def test_the_classic_example():
     assert lora_parameters(100, 300, 2) == lora_parameters(300, 100, 2) == 800
 
 
-@pytest.mark.share(3)
+@pytest.mark.share(5)
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_loras_count_is_the_formula_summed_over_its_sites(kind, folders):
     targeted = [s for s in sites(tiny(kind)) if s.role in ("q", "k", "v", "o", "qkv", "gate", "up", "gate_up", "down")
@@ -80,7 +80,7 @@ def test_loras_count_is_the_formula_summed_over_its_sites(kind, folders):
     assert found.rehearsed and found.flops > 0
 
 
-@pytest.mark.share(5)
+@pytest.mark.share(9)
 @pytest.mark.parametrize("kind", FEW)
 @pytest.mark.parametrize("name", CASES)
 def test_the_plan_counts_what_a_model_really_trains(kind, name, folders):
@@ -94,7 +94,7 @@ def test_the_plan_counts_what_a_model_really_trains(kind, name, folders):
         assert abs(found.trainable - real) <= real * near(CASES[name], found.rehearsed) and found.total == total + found.trainable
 
 
-@pytest.mark.share(4)
+@pytest.mark.share(7)
 @pytest.mark.parametrize("name", CASES)
 def test_a_runs_parameters_and_files_are_as_planned_to_the_byte(name, tmp_path):
     model = llama()
@@ -109,7 +109,7 @@ def test_a_runs_parameters_and_files_are_as_planned_to_the_byte(name, tmp_path):
     assert as_told(CASES[name], saved, want.saved, close)
 
 
-@pytest.mark.share(7)
+@pytest.mark.share(11)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", CASES)
 def test_a_rehearsal_counts_what_the_real_step_holds_and_does(kind, name, folders):
@@ -128,7 +128,7 @@ def test_a_rehearsal_counts_what_the_real_step_holds_and_does(kind, name, folder
         assert a == b or field.name in ("weights", "early", "late") and a == pytest.approx(b, rel=5e-3), field.name
 
 
-@pytest.mark.share(6)
+@pytest.mark.share(8)
 @pytest.mark.parametrize("name", METHODS)                                  # dropout is of the same shapes
 def test_a_few_layers_tell_of_many(name, folders, tmp_path, monkeypatch):
     deep = base_config(folders["llama"])
@@ -216,7 +216,7 @@ def measure():
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads a process's highest memory from Linux's /proc")
-@pytest.mark.share(5)
+@pytest.mark.share(9)
 @pytest.mark.parametrize("kind", list(accuracy.KINDS)[:1])                  # benchmarks/plan_accuracy.py does all of them
 @pytest.mark.parametrize("name", METHODS)
 def test_memory_is_within_15_percent_of_what_a_real_process_takes(kind, name, measure, tmp_path):

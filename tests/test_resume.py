@@ -15,7 +15,7 @@ from tsugiki.train import checkpoint, loop, scoring
 STEPS = 9
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_stopped_after_any_step_goes_on_to_the_same_bits(name, tmp_path):
     whole = tmp_path / "whole"
