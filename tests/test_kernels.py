@@ -311,7 +311,7 @@ def test_sixteen_bits_through_many_layers_are_no_disagreement():
             apart = (_logits(model, _row(model, 3)) - wanted).norm() / wanted.norm()
     assert apart > 0.01
     with arranged(model, rows(), TrainConfig(), virtual=True) as layout:
-        assert layout == "pad" and active(model)
+        assert layout == "pack" and active(model)
 
 
 def test_an_attention_that_does_something_else_is_not_taken(monkeypatch):

@@ -1,19 +1,21 @@
 """One optimizer step: however it is cut into forwards it is the same step; what is not finite never reaches the weights."""
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
-from kit import ADAPTERS, CASES, PAD, llama, trainable
-from tiny import EXACT, LOOSER, difference, fill, fit
+from kit import ADAPTERS, CASES, PAD, TOKENIZER, llama, trainable
+from tiny import EXACT, LOOSER, difference, fill, fit, tiny
 
 from tsugiki.adapters import attach
+from tsugiki.config import TrainConfig
 from tsugiki.data.batch import IGNORE, collate, micro_batches
 from tsugiki.data.render import Example
-from tsugiki.errors import RunError
+from tsugiki.errors import RunError, UserError
 from tsugiki.methods import BitFit, Full, LoRA
 from tsugiki.route import token_keys
 from tsugiki.sites import FAMILIES
-from tsugiki.train.layout import packs
+from tsugiki.train.layout import arranged, packs
 from tsugiki.train.loss import token_losses
 from tsugiki.train.optim import adamw, grad_norm, schedule
 from tsugiki.train.step import train_step
@@ -84,6 +86,51 @@ def test_padded_and_packed_rows_give_the_same_step(name, kind):
     got, _, params = step(CASES[name], packed, examples, kind=kind)
     assert abs(got.loss - want.loss) <= EXACT
     assert max(difference(params[n], after[n]) for n in params) <= EXACT
+
+
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if any(part.edit.virtual for part in c.parts)])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "phi3"])
+def test_virtual_tokens_are_packed_with_their_documents(name, kind):
+    """Losses and gradients are those of padded rows, in which the forward makes room; so are random draws."""
+    examples, cfg = rows(), CASES[name]
+    model = llama(F64, kind)
+    adapter = fill(attach(model).add("a", fit(attach(model), cfg)), seed=2)
+    lengths = [len(e.ids) + adapter.virtual for e in examples]
+    placed = bool(model.adapters.placed)
+    with arranged(model, examples, TrainConfig(), virtual=True) as layout:
+        assert layout == ("pad" if placed else "pack")
+        if placed:
+            return
+        packed = [collate(examples, f, PAD, 8, adapter.virtual) for f in micro_batches(lengths, range(8), "pack", 90)]
+        assert packed[0].packed and len(packed) < 8 and sum(b.tokens for b in packed) == sum(len(e.ids) for e in examples)
+        found = []
+        for batches in (packed, [collate(examples, [[i] for i in range(8)], PAD)]):
+            losses, of = zip(*(token_losses(model, b, adapter_ids="a", token_keys=token_keys(7, 3, b.samples, b.positions))
+                               for b in batches), strict=True)
+            losses, of = torch.cat(losses), torch.cat(of)
+            order = of.argsort(stable=True)
+            params = list(adapter.parameters().values())
+            found.append((losses[order].detach(), of[order], *torch.autograd.grad(losses.sum(), params)))
+    for a, b in zip(*found, strict=True):
+        assert difference(a, b) <= LOOSER.get(kind, 1e-11) * max(1, float(b.abs().max())) and b.abs().max() > 0
+
+
+def test_virtual_tokens_are_not_packed_where_attention_is_not_told_of_documents():
+    examples = rows()
+    for kind, more in (("falcon", {}), ("mistral", {"sliding_window": 32})):
+        model = tiny(kind, F64, vocab_size=len(TOKENIZER), **more)
+        attach(model).add("a", CASES["prefix"])
+        with arranged(model, examples, TrainConfig(), virtual=True) as layout:
+            assert layout == "pad", kind
+        with pytest.raises(UserError, match="pack is not exact here .the method adds virtual tokens"), \
+                arranged(model, examples, TrainConfig(layout="pack"), virtual=True):
+            pass
+    model = llama(F64)
+    attach(model).add("a", CASES["prefix"]), attach(model).add("b", CASES["lora"])
+    batch = collate(examples, [[0, 1, 2]], PAD, virtual=3)
+    for who in ("b", ("a", "b")):
+        with pytest.raises(UserError, match="virtual_slots") if who == "b" else nullcontext():
+            token_losses(model, batch, adapter_ids=who)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -77,6 +77,8 @@ class TrainConfig:
                                      "evaluated weights within it", ("warn", "stop", "off"))
     forgetting_limit: float = option(0.05, "how far it may rise, relative to what it was before training", low=0.0)
     patience: int = option(0, "stop after so many evaluations without improvement, with the best weights; 0: never", low=0)
+    float8: str = option("off", "products of the frozen base in float8 (e4m3), on a GPU that multiplies it; its copies of the "
+                         "weights take as much memory as they do, which plan does not count", ("on", "off"))
     compile: str = option("auto", "torch.compile each decoder layer (needs a C++ compiler); auto: in runs so long that it pays",
                           SWITCH)
     checkpointing: str = option("auto", "keep only the layers' inputs and compute them again in backward; auto: in as many layers "

@@ -41,6 +41,9 @@ def chosen(home: Any, ids: Any, size: int) -> list[Stack]:
 def enter(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of the model: make this forward's Context.
 
+    Who packs documents into one row, on an attention that is told where they end, and leaves room for the virtual tokens of one
+    adapter before each, says virtual_slots (1, T): which of them each position is, or -1; position_ids are as without them.
+
     Who keeps the cache himself, row by row, says virtual_cached=True once the virtual tokens are in it, with mask and positions
     that count them, and token_places (2, B, T), as `Context.places`, for prompts that come in pieces.
     """
@@ -49,6 +52,7 @@ def enter(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         kwargs = dict(zip(home.arguments, args, strict=False)) | kwargs
     ids, keys, prompt = (kwargs.pop(name, None) for name in ("adapter_ids", "token_keys", "prompt_mask"))
     cached, given = kwargs.pop("virtual_cached", False), kwargs.pop("token_places", None)
+    slots = kwargs.pop("virtual_slots", None)
     main = _main(kwargs)
     rows = chosen(home, ids, len(main))
     if keys is not None and keys.shape != main.shape[:2]:
@@ -61,7 +65,9 @@ def enter(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     if any(name in home.placed for row in set(rows) for name, _ in row):
         ctx = replace(ctx, places=_places(kwargs, ctx, main, prompt) if given is None else given)
     tokens = [[home.virtual[name] for name, _ in row if name in home.virtual] for row in rows]
-    if any(tokens) and not cached:
+    if slots is not None:
+        ctx = _take_room(kwargs, ctx, slots, tokens)
+    elif any(tokens) and not cached:
         if spans:
             raise UserError("virtual tokens (prefix, prompt) cannot be added to packed rows: adapter_ids are spans of one")
         for row, found in zip(rows, tokens, strict=True):
@@ -185,6 +191,23 @@ def _make_room(home: Any, kw: dict, ctx: Context, counts: Tensor, at_zero: Tenso
     if kw.get("inputs_embeds") is not None:            # the embedding will not run, so a prompt's edit of it runs here
         kw["inputs_embeds"] = home.embed_tap.post(kw["inputs_embeds"], kw["inputs_embeds"], ctx)
     return ctx
+
+
+def _take_room(kw: dict, ctx: Context, slots: Tensor, tokens: list[list[tuple[int, str]]]) -> Context:
+    """Virtual tokens stand where `slots` says: positions of the others count from theirs, and so do their random draws."""
+    count = int(slots.max()) + 1
+    if len(slots) != 1 or [found[0] for found in tokens[0]] != [count] or ctx.axis or ctx.places is not None:
+        raise UserError("virtual_slots: of one packed row, whose only adapter with virtual tokens has as many, and none that must "
+                        "know where prompts end")
+    there = slots >= 0
+    own = torch.zeros_like(slots) if tokens[0][0][1] == "zero" else slots
+    kw["position_ids"] = torch.where(there, own, kw["position_ids"] + count)
+    keys = ctx.keys
+    if keys is not None:                               # as in _make_room, from the key of the document's first token
+        back = torch.where(there, count - slots, 0)
+        keys = torch.where(there, ~keys.gather(1, torch.arange(slots.shape[1], device=slots.device)[None] + back) - back, keys)
+    at = there[0].nonzero()[:, 0]
+    return replace(ctx, slots=(at, slots[0, at]), keys=keys)
 
 
 def _refuse_packed(kw: dict, mask: Any, positions: Tensor | None) -> None:

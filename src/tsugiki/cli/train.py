@@ -36,7 +36,8 @@ KEYS = {"base": "base", "out": "out", "adapter_name": "adapter", "device": "devi
         "steps": "train.steps", "lr": "train.lr", "batch_size": "train.batch_size", "max_length": "train.max_length",
         "seed": "train.seed", "dtype": "train.dtype", "eval_steps": "train.eval_steps", "save_steps": "train.save_steps",
         "metric": "eval.metric", "task": "eval.task", "task_data": "eval.task_data", "keep": "train.keep",
-        "patience": "train.patience", "compile": "train.compile", "replay": "data.replay", "replay_ratio": "data.replay_ratio",
+        "patience": "train.patience", "compile": "train.compile",
+        "float8": "train.float8", "replay": "data.replay", "replay_ratio": "data.replay_ratio",
         "source_eval": "data.source_eval", "streaming": "data.streaming", "forgetting": "train.forgetting",
         "forgetting_limit": "train.forgetting_limit"}
 
@@ -70,6 +71,7 @@ def add(commands) -> None:
                        ("forgetting", "when the source loss rises beyond the limit: warn (the default), stop or off"),
                        ("forgetting-limit", "how far it may rise, relatively (0.05)"),
                        ("streaming", "auto (the default: for large files), on or off: tokens on disk, read as they are needed"),
+                       ("float8", "on: products of the frozen base in float8, on a GPU that multiplies it (default off)"),
                        ("compile", "auto (the default: in runs so long that it pays), on or off"),
                        ("metric", "auto, exact, number, choice, contains, regex, bleu, rouge_l, perplexity or loss"),
                        ("keep", "which weights are the result: last (the default) or best, by the score"),

@@ -25,6 +25,8 @@ class Batch:
     positions: (B, T) int64, restarting at 0 with every document. samples: (B, T) int64, row of the data set, -1 in padding.
     packed: rows hold several documents, so positions must be given to the model.
     owners: (B, T) int64, which of the jobs of a step each token is of, -1 in padding; None: there is one job.
+    slots: (B, T) int64, of packed rows under virtual tokens: which one of its document's stands here, -1 where none does; they
+    are before the document, which keeps its own positions. None: there are none, or the forward makes room for them.
     """
     ids: torch.Tensor
     targets: torch.Tensor
@@ -32,6 +34,7 @@ class Batch:
     samples: torch.Tensor
     packed: bool
     owners: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
 
     @property
     def supervised(self) -> int:
@@ -43,11 +46,15 @@ class Batch:
 
     def ends(self) -> torch.Tensor:
         """(documents + 1,) int32: 0, and where each document of the rows laid end to end is over; padding counts as one."""
-        starts = (self.positions.flatten() == 0).nonzero().flatten()
+        first = self.positions == 0
+        if self.slots is not None:
+            first = torch.where(self.samples >= 0, False, first & (self.slots <= 0))
+        starts = first.flatten().nonzero().flatten()
         return torch.cat([starts, starts.new_tensor([self.positions.numel()])]).int()
 
     def to(self, device: torch.device | str) -> Batch:
-        tensors = {k: v for k in ("ids", "targets", "positions", "samples", "owners") if (v := getattr(self, k)) is not None}
+        names = ("ids", "targets", "positions", "samples", "owners", "slots")
+        tensors = {k: v for k in names if (v := getattr(self, k)) is not None}
         return replace(self, **{k: v.to(device) for k, v in tensors.items()})
 
 
@@ -125,21 +132,28 @@ def _cuts(lengths: Sequence[int], max_tokens: int, overhead: int) -> list[int]:
     return cuts[::-1]
 
 
-def collate(examples: Sequence[Example], forward: Sequence[Sequence[int]], pad_id: int, multiple: int = 1) -> Batch:
+def collate(examples: Sequence[Example], forward: Sequence[Sequence[int]], pad_id: int, multiple: int = 1,
+            virtual: int = 0) -> Batch:
     """Lay out one forward. Padding is a document of its own (positions restart), so nothing attends into it. Packed rows are
-    filled up to a multiple of `multiple` tokens, so that forwards have few shapes."""
-    width = max(sum(len(examples[i].ids) for i in row) for row in forward)
-    if any(len(row) > 1 for row in forward):
+    filled up to a multiple of `multiple` tokens, so that forwards have few shapes, and each document has room for `virtual`
+    tokens before it."""
+    packed = any(len(row) > 1 for row in forward)
+    virtual = virtual if packed else 0
+    width = max(sum(len(examples[i].ids) + virtual for i in row) for row in forward)
+    if packed:
         width = -(-width // multiple) * multiple
     ids = torch.full((len(forward), width), pad_id)
     targets = torch.full_like(ids, IGNORE)
     samples = torch.full_like(ids, -1)
     positions = torch.zeros_like(ids)
-    packed = any(len(row) > 1 for row in forward)
+    slots = torch.full_like(ids, -1) if virtual else None
     for b, row in enumerate(forward):
         at = 0
         for i in row:
             example, n = examples[i], len(examples[i].ids)
+            if virtual:
+                slots[b, at:at + virtual] = torch.arange(virtual)
+                at += virtual
             tokens = torch.tensor(example.ids)
             ids[b, at:at + n] = tokens
             trained = torch.tensor(example.trained[1:], dtype=torch.bool)
@@ -148,4 +162,4 @@ def collate(examples: Sequence[Example], forward: Sequence[Sequence[int]], pad_i
             positions[b, at:at + n] = torch.arange(n)
             at += n
         positions[b, at:] = torch.arange(width - at) if packed else torch.arange(at, width)
-    return Batch(ids, targets, positions, samples, packed)
+    return Batch(ids, targets, positions, samples, packed, slots=slots)

@@ -30,19 +30,28 @@ class VirtualEdit(Edit):
         return self.tokens.shape if "tokens" in self._parameters else None
 
     def post(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
+        if ctx.slots is not None:
+            at, which = ctx.slots
+            tokens = self.table().to(y.dtype)[which][None] * self.scale       # (1, n, D)
+            return y.index_copy(y.dim() - 2 if self.heads_first else 1, at, self._as(tokens, y))
         if not ctx.virtual:                           # decoding: the virtual positions are in the cache already
             return y
         tokens = self.table().to(y.dtype) * self.scale                        # (n, D), or of several adapters (g, n, D)
         count = tokens.shape[-2]
         tokens = tokens.reshape(-1, 1, *tokens.shape[-2:])
         tokens = tokens.expand(-1, len(y) // len(tokens), -1, -1).flatten(0, 1)         # (B, n, D)
-        if y.dim() == 4:                              # a key norm sees (B, T, H, d) or (B, H, T, d)
-            tokens = tokens.unflatten(-1, (-1, y.shape[-1]))
-            tokens = tokens.transpose(1, 2) if self.heads_first else tokens
+        tokens = self._as(tokens, y)
         along = y.dim() - 2 if self.heads_first else 1
         start = ctx.virtual - count                   # rows with fewer tokens have the slots left of theirs masked
         before, after = y.narrow(along, 0, start), y.narrow(along, ctx.virtual, y.shape[along] - ctx.virtual)
         return torch.cat([before, tokens, after], along)
+
+    def _as(self, tokens: Tensor, y: Tensor) -> Tensor:
+        """(B, n, D) as y lays it out: a key norm sees (B, T, H, d) or (B, H, T, d)."""
+        if y.dim() == 4:
+            tokens = tokens.unflatten(-1, (-1, y.shape[-1]))
+            return tokens.transpose(1, 2) if self.heads_first else tokens
+        return tokens
 
 
 class Tables:

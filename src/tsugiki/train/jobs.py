@@ -152,6 +152,8 @@ def job_of(values: Mapping | JobConfig, out: str | Path, defaults: Mapping | Non
                             "adapter, or train it alone")
         if run.train.compile == "on":
             raise UserError("train.compile: on is not for a joint run; leave it out")
+        if run.train.float8 == "on":
+            raise UserError("train.float8: on is not for a joint run; leave it out")
     except UserError as e:
         raise UserError(f"{name}: {e}") from None
     return JobConfig(name, run, turn)

@@ -30,7 +30,8 @@ def arranged(model: nn.Module, examples: Sequence[Example], cfg: TrainConfig, vi
     """
     pad = cfg.layout == "pad"
     with quick(model, not (virtual or pad)) as fast:
-        yield layout_of(examples, cfg, virtual, mixture, fast, virtual or pad or fast or packs(model))
+        isolates = pad or (fast and room_for_virtual(model) if virtual else fast or packs(model))
+        yield layout_of(examples, cfg, virtual, mixture, fast, isolates)
 
 
 @contextmanager
@@ -48,16 +49,28 @@ def quick(model: nn.Module, packed: bool) -> Iterator[bool]:
 
 def layout_of(examples: Sequence[Example], cfg: TrainConfig, virtual: bool, mixture: Mixture | None, fast: bool,
               isolates: bool) -> str:
-    """"pad" or "pack"; fast: the model's attention goes by document; isolates: it `packs`. Raises UserError as `arranged`."""
+    """"pad" or "pack"; fast: the model's attention goes by document; isolates: it `packs`, or if the method has `virtual` tokens,
+    there is `room_for_virtual` ones. Raises UserError as `arranged`."""
     pad, pack = cfg.layout == "pad", cfg.layout == "pack"
-    if pad or virtual and not pack:
+    if pad:
         return "pad"
-    if not virtual and isolates:
+    if isolates:
         return "pack" if pack or fast or _waste(examples, cfg, mixture) > WASTE else "pad"
     if pack:
         why = "the method adds virtual tokens to each row" if virtual else "this model does not isolate packed documents"
         raise UserError(f"train.layout: pack is not exact here ({why}); use pad or auto")
     return "pad"
+
+
+def room_for_virtual(model: nn.Module) -> bool:
+    """Whether packed rows may hold virtual tokens: only attention that is told where documents end, in every layer, since positions
+    do not tell it; and no method may have to know where prompts end."""
+    home, config = model.adapters, model.config
+    windows = getattr(config, "sliding_window", None) or {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+    if windows or home.placed:
+        return False
+    with home.use(None):
+        return packs(model)
 
 
 @torch.no_grad()

@@ -282,10 +282,11 @@ class Steps:
         """One optimizer step, of the rows that (seed, step) give."""
         job = self.job
         rows = job.mixture.rows(step)
-        cuts = micro_batches({i: len(job.examples[i].ids) for i in rows}, rows, job.layout, self.progress.max_tokens,
+        virtual = job.adapter.virtual if job.adapter is not None and job.layout == "pack" else 0
+        cuts = micro_batches({i: len(job.examples[i].ids) + virtual for i in rows}, rows, job.layout, self.progress.max_tokens,
                              job.overhead)
         device = next(iter(job.params.values())).device
-        batches = [collate(job.examples, cut, job.pad_id, MULTIPLE.get(device.type, 1)).to(device) for cut in cuts]
+        batches = [collate(job.examples, cut, job.pad_id, MULTIPLE.get(device.type, 1), virtual).to(device) for cut in cuts]
         return train_step(job.model, batches, job.params, self.optimizer, route=lambda b: job.route(b, step),
                           autocast=job.autocast, **self.how())
 

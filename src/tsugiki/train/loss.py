@@ -68,6 +68,8 @@ def _inputs(model: nn.Module, batch: Batch) -> dict[str, object]:
         inputs["position_ids"] = batch.positions
         if active(model):
             inputs["cu_seq_lens_q"] = batch.ends()
+    if batch.slots is not None:
+        inputs["virtual_slots"] = batch.slots
     if getattr(getattr(model, "adapters", None), "placed", None):                # some adapter must know where prompts end
         inputs["prompt_mask"] = _prompts(batch)
     return inputs

@@ -28,6 +28,7 @@ from tsugiki.errors import UserError
 from tsugiki.evaluate.answers import generate_answers, room
 from tsugiki.formats.export import export_model
 from tsugiki.kernels.attention import active
+from tsugiki.kernels.float8 import in_float8, refusal
 from tsugiki.load import compute_dtype, pad_id, stored_dtype
 from tsugiki.memory import MAPPED, allocator, keep_freed_memory
 from tsugiki.methods import Full, make
@@ -244,6 +245,10 @@ def before(answers: Callable[[], list[str]]) -> Callable[[], list[dict]]:
 def _prepare(stack: ExitStack, it: Ready, say: Callable[[str], None]) -> tuple[Job, Fit]:
     """The job, and how its forwards fit into memory; what is changed about the model for it is undone when `stack` closes."""
     model, train, mixture, layers = it.model, it.cfg.train, it.mixture, layers_of(it.model)
+    if train.float8 == "on":
+        if (needs := refusal(layers, it.device)) is not None:
+            raise UserError(f"train.float8: on needs {needs}")
+        say(f"{stack.enter_context(in_float8(layers))} linears of the base multiply in float8")
     layout = stack.enter_context(arranged(model, it.examples, train, it.virtual, mixture))
     fit_ = it.measured(len(layers), it.trainable)
     stack.enter_context(made_again(layers, fit_.again, fit_.offload))

@@ -121,7 +121,7 @@ def arranged(stack: ExitStack, model: nn.Module, jobs: Mapping[str, Ready], toke
         isolates = fast or packs(model)
     for name, it in jobs.items():
         try:
-            layouts[name] = layout_of(it.examples, it.cfg.train, it.virtual, it.mixture, fast, isolates)
+            layouts[name] = layout_of(it.examples, it.cfg.train, it.virtual, it.mixture, fast, isolates and not it.virtual)
         except UserError as e:
             refused[name] = e
     fit = _measured(jobs, len(layers), refused)
