@@ -33,7 +33,7 @@ def test_a_product_is_that_of_the_rounded_numbers_and_a_row_is_its_own():
     assert low.dtype == torch.float8_e4m3fn and scale.shape == (32, 1)
     assert ((low.float() * scale - w).norm(dim=1) <= 0.04 * w.norm(dim=1)).all()
     made, want = product(x, low, scale), x.double() @ w.double().t()
-    assert made.dtype == BF16 and ((made - want).norm(dim=1) <= 0.06 * x.double().norm(dim=1) * w.norm() / 96 ** 0.5).all()
+    assert made.dtype == BF16 and ((made - want).norm(dim=1) <= 0.12 * x.double().norm(dim=1) * w.norm() / 96 ** 0.5).all()
     a, by = rounded(x)
     exact = (a.double() * by) @ (low.double() * scale).t()
     assert ((made - exact).norm(dim=1) <= 0.01 * exact.norm(dim=1)).all(), "more is lost than by rounding"
