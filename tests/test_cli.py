@@ -254,6 +254,7 @@ def test_the_classic_example_of_the_plan(call):
     assert code == 0 and "90,000" in out and "1,200" in out
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("name", CASES)
 def test_every_method_trains_scores_and_answers_from_the_command_line(name, call, base, rows, tmp_path):
     cfg = CASES[name]

@@ -133,7 +133,7 @@ def test_a_hundred_merges_of_every_method_leave_the_original_bits(kind):
         assert after.keys() == before.keys() and all(torch.equal(v, before[k]) for k, v in after.items()), name
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(3)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom"])
 def test_compiled_layers_give_the_logits_and_gradients_of_eager_for_every_method(kind):
     """In one batch, each method on a row of its own: one trace goes through the code of all."""

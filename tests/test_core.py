@@ -194,7 +194,7 @@ def test_threads_never_see_each_others_adapters():
     assert not failed and difference(right["lora"], right["bitfit"]) > 1e-3
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(4)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "phi3"])
 def test_layers_compile_whole_and_equal_eager_in_every_route(kind):
     torch._dynamo.reset()
@@ -538,6 +538,7 @@ def test_full_fine_tuning_selects_all_layers_by_number_or_names_by_regex(kind):
             Full(**cfg).select(model)
 
 
+@pytest.mark.share(2)
 @method
 def test_removing_an_adapter_leaves_the_base_and_the_others(name):
     model = tiny("gemma2", F64)

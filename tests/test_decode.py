@@ -66,6 +66,7 @@ def test_greedy_tokens_are_those_of_transformers_with_an_adapter_of_another_meth
         assert torch.equal(decoder.generate(**options | {"adapter_ids": None}), want)
 
 
+@pytest.mark.share(2)
 @family
 def test_without_adapters_and_without_padding(kind, seen):
     model = tiny(kind, F64)

@@ -64,6 +64,7 @@ def test_an_adapter_changes_the_score(tmp_path):
     assert abs(score(model, conversations, metric="loss").loss - base) > 1e-3
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_answers_are_those_generated_one_by_one_in_any_batch(name, tmp_path):
     model, conversations = llama(F64), rows(tmp_path)

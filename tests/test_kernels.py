@@ -84,6 +84,7 @@ def built(tmp_path, monkeypatch):
         cached.cache_clear()
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("heads, kv, d", [(6, 2, 64), (4, 4, 80), (2, 1, 8), (8, 2, 256)])
 def test_the_compiled_kernel_is_nearer_to_the_truth_than_products_that_round_in_between(built, monkeypatch, heads, kv, d, threads):

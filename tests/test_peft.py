@@ -144,7 +144,7 @@ def test_peft_to_us_and_back(kind, overrides, name, tmp_path):
     assert attach(tiny(kind, **overrides)).load("b", tmp_path / "ours").cfg == adapters.get("a").cfg
 
 
-@pytest.mark.share(6)
+@pytest.mark.share(9)
 @family
 @pytest.mark.parametrize("name", [n for n, c in METHOD_CASES.items() if c.peft])
 def test_what_we_train_peft_reads(kind, overrides, name, tmp_path):

@@ -102,6 +102,7 @@ def test_each_linear_in_few_bits_is_near_its_original_and_lies_the_same_way(kind
     assert few_bits(model.get_input_embeddings()) is None and few_bits(model.get_output_embeddings()) is None
 
 
+@pytest.mark.share(3)
 @widths
 @pytest.mark.parametrize("kind", [k for k in SPECS if k != "falcon"])
 def test_every_family_computes_with_the_dequantised_weights_and_every_adapter_sits_on_it(kind, bits, folder):

@@ -25,6 +25,7 @@ def explode(*args, **kwargs):
     raise AssertionError("a step was trained")
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("name", CASES)
 def test_a_finished_run_given_again_says_so_and_trains_nothing(name, tmp_path, monkeypatch):
     first = go(config(tmp_path / "run", name, held=True, save_steps=0))

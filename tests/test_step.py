@@ -61,6 +61,7 @@ def cut(examples, groups):
     return [collate(examples, [[i] for i in group], PAD) for group in groups]
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("name", CASES)
 def test_every_way_of_accumulating_gives_the_same_step(name):
     examples = rows()
@@ -74,6 +75,7 @@ def test_every_way_of_accumulating_gives_the_same_step(name):
         assert (got.supervised, got.tokens) == (want.supervised, want.tokens)
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if not any(part.edit.virtual for part in c.parts)])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
 def test_padded_and_packed_rows_give_the_same_step(name, kind):

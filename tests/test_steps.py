@@ -133,6 +133,7 @@ def test_a_body_is_as_near_to_the_truth_as_the_model(kind, calls):
     assert not any(isinstance(m, Packed) or isinstance(vars(m).get("forward"), Step) for m in model.modules())
 
 
+@pytest.mark.share(2)
 @llama
 def test_rows_with_loras_of_their_own_go_in_one_call_too(kind, calls):
     model, (x, mask) = wide(kind), batch(6)
