@@ -54,7 +54,8 @@ def main() -> None:
             for n in lengths]
     steps = {name: stepper(model, name, rows, lengths) for name in dict.fromkeys(["lora", *args.methods])}
     took: dict[str, list[float]] = {name: [] for name in steps}
-    with quick(model, True):
+    with quick(model, True) as packs:
+        assert packs
         for n in range(args.warmup + args.steps):
             for name, step in steps.items():
                 began = time.perf_counter()
@@ -69,8 +70,9 @@ def stepper(model: nn.Module, name: str, rows: list[Example], lengths: list[int]
     adapter = tg.attach(model).add(name.replace("+", "_"), make(name))
     params, cfg = adapter.parameters(), TrainConfig()
     model.requires_grad_(False)
-    layout = "pad" if adapter.virtual else "pack"
-    batches = [collate(rows, cut, 0) for cut in micro_batches(lengths, range(len(rows)), layout, cfg.forward_tokens)]
+    whole = [n + adapter.virtual for n in lengths]
+    batches = [collate(rows, cut, 0, virtual=adapter.virtual)
+               for cut in micro_batches(whole, range(len(rows)), "pack", cfg.forward_tokens)]
     optimizer = adamw(params, 1e-4, 0.0, 0.999)
 
     def step():

@@ -15,6 +15,7 @@ from tsugiki.evaluate.decode import Decoder, _largest
 from tsugiki.evaluate.packed import Packed, packed
 from tsugiki.evaluate.steps import Step, step_of
 from tsugiki.kernels import native, one_token, rows
+from tsugiki.methods import LoRA
 from tsugiki.serve.arena import Arena
 
 BF16 = torch.bfloat16
@@ -126,7 +127,7 @@ def test_a_body_is_as_near_to_the_truth_as_the_model(kind, calls):
     calls.clear()                                     # the probes'
     made, plain, want = (logits(m, x, mask) for m in (body, model, truth))
     real = mask.bool()
-    assert (made - want)[real].norm() <= 1.1 * (plain - want)[real].norm()
+    assert (made - want)[real].norm() <= 1.3 * (plain - want)[real].norm()
     assert bool(steps_of(body)) == (kind in LLAMAS) and calls == [5] * 10 * len(steps_of(body))
     alone = logits(body, x[1:2, 1:], mask[1:2, 1:])
     assert (alone - made[1:2, 1:]).norm() <= 0.02 * made[1:2, 1:].norm()
@@ -137,26 +138,27 @@ def test_a_body_is_as_near_to_the_truth_as_the_model(kind, calls):
 @llama
 def test_rows_with_loras_of_their_own_go_in_one_call_too(kind, calls):
     model, (x, mask) = wide(kind), batch(6)
-    home = attached(model, "lora", "bitfit", scale=0.3)
+    home = attached(model, "lora", "bitfit", scale=0.1)
     for n in range(3):
-        home.add(f"l{n}", METHOD_CASES["lora"])
+        home.add(f"l{n}", LoRA(rank=(4, 8, 70)[n]))
         for p in home.get(f"l{n}").parameters().values():
-            p.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(n))
+            p.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(n))
     truth = wide(kind, torch.float32)
     truth.load_state_dict(model.state_dict())
     there = attach(truth)
     for name in home.names():
-        copied = there.add(name, METHOD_CASES["bitfit" if name == "bitfit" else "lora"]).parameters()
+        copied = there.add(name, home.get(name).cfg).parameters()
         for key, p in home.get(name).parameters().items():
             copied[key].data.copy_(p.data)
     body = packed(model, 9)
     layers = len(steps_of(body))
     assert layers
-    for who, one_call in ((["l0", None, "l1", "lora", "l1", None], True), (["l2"] * 6, True), ([None] * 6, True),
-                          ([("l0", "l1")] * 6, False), ([{"l0": 0.5}] * 6, False), (["l0", "bitfit"] * 3, False)):
+    for who, one_call in ((["l0", None, "l1", "lora", "l1", None], True), (["l1"] * 6, True), ([None] * 6, True),
+                          (["l2", "lora"] * 3, False), ([("l0", "l1")] * 6, False), ([{"l0": 0.5}] * 6, False),
+                          (["l0", "bitfit"] * 3, False)):
         calls.clear()
         made, plain, want = (logits(m, x, mask, adapter_ids=who) for m in (body, model, truth))
-        assert (made - want)[mask.bool()].norm() <= 1.15 * (plain - want)[mask.bool()].norm(), who
+        assert (made - want)[mask.bool()].norm() <= 1.5 * (plain - want)[mask.bool()].norm(), who
         assert calls == ([6] * 10 * layers if one_call else []), who
         for i in (0, 2, 5):
             alone = logits(body, x[i:i + 1], mask[i:i + 1], adapter_ids=[who[i]])
@@ -182,9 +184,9 @@ def test_an_adapter_that_is_changed_replaced_or_removed_is_followed(calls):
     assert len(calls) == 4 * 10 * 2
 
 
-@pytest.mark.parametrize("change", ["hook", "weight", "norm", "training", "grad"])
+@pytest.mark.parametrize("change", ["hook", "weight", "norm", "bias", "training", "grad"])
 def test_what_comes_later_is_followed(change, calls):
-    model, (x, mask) = wide("llama"), batch(3)
+    model, (x, mask) = wide("qwen2"), batch(3)
     body, layer = packed(model, 9), model.model.layers[1]
     before = logits(body, x, mask)
     calls.clear()
@@ -195,7 +197,8 @@ def test_what_comes_later_is_followed(change, calls):
             layer.self_attn.o_proj.weight.mul_(30)
         elif change == "norm":
             layer.input_layernorm.weight = torch.nn.Parameter(layer.input_layernorm.weight.roll(3) * 2)
-            body.model.layers[1].input_layernorm.weight = layer.input_layernorm.weight
+        elif change == "bias":
+            layer.self_attn.v_proj.bias = torch.nn.Parameter(layer.self_attn.v_proj.bias + 3)
     if change in ("training", "grad"):
         (body if change == "training" else model).train(change == "training")
         with torch.enable_grad():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tsugiki.evaluate.cache import grown
-from tsugiki.kernels import rows
+from tsugiki.kernels import low_rank, rows
 from tsugiki.kernels.layer import LINEARS, LayerArgs, LinearArgs, NormArgs, step
 from tsugiki.kernels.native import close
 from tsugiki.kernels.one_token import NAME
@@ -32,11 +32,11 @@ class Step:
     plain: Callable[..., Tensor]
     args: LayerArgs
     linears: tuple[nn.Module, ...]                    # in the order of LINEARS
-    norms: tuple[Norm, ...]
     hooks: tuple[tuple[dict, int], ...]               # of the parts, and how many there were, all of them taps'
     taps: tuple[Tap, ...]
     of: tuple[Tap | None, ...]                        # those at the outputs of the linears
-    at: tuple[int, ...]                               # where the norms' weights lie
+    index: int                                        # of the layer
+    others: tuple[tuple[dict, str, int], ...]         # the norms' weights and the biases, and where they lie
     made: dict[int, tuple[tuple[Plan, ...], LayerArgs]] = field(default_factory=dict, compare=False)     # by thread
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -48,26 +48,26 @@ class Step:
 
     def _arguments(self, x: Tensor, kwargs: dict[str, Any]) -> tuple[LayerArgs, tuple[Tensor, Tensor], Any, Tensor | None] | None:
         """What `step` takes; None where it does not compute this."""
-        attention, mask, angles = self.module.self_attn, kwargs.get("attention_mask"), kwargs.get("position_embeddings")
+        config, mask, angles = self.module.self_attn.config, kwargs.get("attention_mask"), kwargs.get("position_embeddings")
         caches = getattr(kwargs.get("past_key_values"), "layers", ())
         if torch.is_grad_enabled() or x.dtype is not torch.bfloat16 or x.dim() != 3 or x.shape[1] != 1 or len(x) > rows.MOST \
-                or angles is None or attention.layer_idx >= len(caches) or self.module.training \
+                or angles is None or self.index >= len(caches) or self.module.training \
                 or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return None
-        cache, (cos, sin) = caches[attention.layer_idx], angles
+        cache, (cos, sin) = caches[self.index], angles
         ready = getattr(cache, "is_initialized", False) and hasattr(cache, "place")
         turns = cos.dtype is sin.dtype is x.dtype and cos.shape == sin.shape and cos.is_contiguous() and sin.is_contiguous() \
             and cos.shape[1:] == (1, self.args.d) and len(cos) in (1, len(x))
         seen = mask is None or mask.dtype is torch.bool and mask.dim() == 4 and mask.shape[1:3] == (1, 1) \
             and mask.shape[3] == cache.get_seq_length() + 1 and mask.stride(3) == 1 and len(mask) in (1, len(x))
-        if not (ready and turns and seen) or attention.config._attn_implementation != NAME or not self._as_built():
+        if not (ready and turns and seen) or config._attn_implementation != NAME or not self._as_built():
             return None
         layer = self._with_adapters(x) if self.taps else self.args
         return None if layer is None else (layer, angles, cache, mask)
 
     def _as_built(self) -> bool:
         return all(len(hooks) == count for hooks, count in self.hooks) and not any(linear.changed for linear in self.linears) \
-            and all(norm.module.weight.data_ptr() == at for norm, at in zip(self.norms, self.at, strict=True))
+            and all(parameters[name].data_ptr() == at for parameters, name, at in self.others)
 
     def _with_adapters(self, x: Tensor) -> LayerArgs | None:
         """The arguments with the rows' own adapters; None if one changes more than outputs of linears, or by more than low rank."""
@@ -80,7 +80,7 @@ class Step:
             return None
         plans = tuple(None if tap is None or not names & tap.names else tap.pools.of(tap.posts, ctx.route[0], x, ctx)
                       for tap in self.of)
-        if any(p is not None and (p.pool is None or any(name in tap.names for name, _, _ in p.rest))
+        if any(p is not None and (p.pool is None or p.pool.rank > low_rank.MOST or any(name in tap.names for name, _, _ in p.rest))
                for p, tap in zip(plans, self.of, strict=True)):
             return None
         known = self.made.get(threading.get_ident())
@@ -133,19 +133,20 @@ def _built(layer: nn.Module, attention: nn.Module, mlp: nn.Module) -> Step | Non
         *(NormArgs() if n is None else NormArgs(n.module.weight.data_ptr(), n.eps, n.offset, int(n.inner)) for n in norms),
         *(LinearArgs(m.laid.tiles.data_ptr(), None if m.bias is None else m.bias.data_ptr(), m.out_features, m.in_features)
           for m in linears), q // d, k // d, d, int(vars(mlp)["forward"].tanh), attention.scaling)
-    there = tuple(n for n in norms if n is not None)
+    others = [(n.module._parameters, "weight") for n in norms if n is not None]
+    others += [(m._parameters, "bias") for m in linears if m.bias is not None]
     taps = {id(t): t for part in parts for name in ("taps_in", "taps_out") for t in vars(part).get(name, ())}
     of = (next((t for t in vars(m).get("taps_out", ()) if not t.span and t.features is None), None) for m in linears)
-    return Step(layer, layer.forward, args, linears, there, tuple((h, len(h)) for h in hooks), tuple(taps.values()), tuple(of),
-                tuple(n.module.weight.data_ptr() for n in there))
+    return Step(layer, layer.forward, args, linears, tuple((h, len(h)) for h in hooks), tuple(taps.values()), tuple(of),
+                attention.layer_idx, tuple((parameters, name, parameters[name].data_ptr()) for parameters, name in others))
 
 
 @torch.no_grad()
 def _same(made: Step) -> bool:
     """Whether both make the same of random numbers: small ones in the layer's stream, so that what it adds is seen, and large ones
     in its cache, so that every token's score matters."""
-    args, layer, g = made.args, made.module, torch.Generator().manual_seed(0)
-    index, d, kv = layer.self_attn.layer_idx, args.d, args.kv_heads
+    args, g = made.args, torch.Generator().manual_seed(0)
+    index, d, kv = made.index, args.d, args.kv_heads
 
     def draw(*shape: int, size: float = 1.0) -> Tensor:
         return (size * torch.randn(shape, generator=g)).bfloat16()
