@@ -186,8 +186,7 @@ Two cores with AMX. Packing the weights is part of our time. A step of 32 rows r
 memory gives (10 to 12 GB/s here), in a call a layer; that bounds it. Where rows end early ours leave the batch, theirs go on being
 computed. With frozen weights, as PEFT's are, torch takes seconds for the head's product with a slice of the prompt's hidden
 states, which ours avoids: they are in their time to the first token. In bfloat16 two sides round differently, so rows may part
-where two logits tie, which
-random weights do often."""
+where two logits tie, which random weights do often."""
 METHODS = """`python benchmarks/method_speed.py` measures it: the same model and rows, each method with its defaults, in turns.
 Prefix tuning's virtual tokens are positions before every document."""
 
