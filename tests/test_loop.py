@@ -117,7 +117,8 @@ def test_a_fault_in_a_frozen_weight_stops_the_run_and_the_checkpoint_is_good(nam
 
     def poison(model, batches, params, *rest):
         with torch.no_grad():
-            model.get_input_embeddings().weight[int(batches[0].ids[0, 2]), 0] = float("nan")
+            real = batches[0].ids[0][batches[0].samples[0] >= 0]
+            model.get_input_embeddings().weight[int(real[2]), 0] = float("nan")
     at_step(monkeypatch, 6, poison)
     with pytest.raises(RunError, match=rf"step 6: .*{row.where.rpartition(':')[0]}:\d+") as caught:
         go(cfg)
