@@ -315,6 +315,26 @@ def test_sixteen_bits_through_many_layers_are_no_disagreement():
         assert layout == "pack" and active(model)
 
 
+def test_where_no_kernel_takes_the_ends_of_documents_rows_go_the_models_own_way(monkeypatch):
+    """As on a GPU in float32: nothing fails, packed rows get masks, and virtual tokens are padded."""
+    from tsugiki.kernels import attention
+    plain = attention._forward
+    def none(module, query, key, value, mask, cu_seq_lens_q=None, **kwargs):
+        if cu_seq_lens_q is not None and mask is None:
+            raise attention.Undivided("here")
+        return plain(module, query, key, value, mask, **kwargs)
+    attention.AttentionInterface.register(attention.NAME, none)
+    try:
+        for virtual, want in ((False, "pack"), (True, "pad")):
+            model = llama(torch.float32)
+            attach(model).add("a", METHODS["prefix" if virtual else "lora"]())
+            with arranged(model, rows(), TrainConfig(), virtual=virtual) as layout:
+                assert layout == want or not virtual and layout == "pad"
+                assert active(model) == virtual
+    finally:
+        attention.AttentionInterface.register(attention.NAME, plain)
+
+
 def test_an_attention_that_does_something_else_is_not_taken(monkeypatch):
     from tsugiki.kernels import attention
     model, plain = llama(torch.bfloat16), attention._forward

@@ -117,6 +117,23 @@ def test_virtual_tokens_are_packed_with_their_documents(name, kind):
         assert difference(a, b) <= LOOSER.get(kind, 1e-11) * max(1, float(b.abs().max())) and b.abs().max() > 0
 
 
+@pytest.mark.parametrize("name", ["prefix", "prompt"])
+def test_the_gradient_of_packed_virtual_tokens_is_summed_once_and_not_document_after_document(name):
+    """In bfloat16 a sum of three hundred stops growing at 256."""
+    examples = [Example([5 + i % 90, 6, 7], [False, True, True], f"row {i}") for i in range(300)]
+    model = llama(torch.bfloat16)
+    adapter = fill(attach(model).add("a", CASES[name]), seed=2)
+    found = []
+    with arranged(model, examples, TrainConfig(), virtual=True) as layout:
+        assert layout == "pack"
+        for cut_, room in (([list(range(300))], adapter.virtual), ([[i] for i in range(300)], 0)):
+            batch = collate(examples, cut_, PAD, virtual=room)
+            losses, _ = token_losses(model, batch, adapter_ids="a")
+            found.append(torch.cat([g.flatten() for g in torch.autograd.grad(losses.sum(), list(adapter.parameters().values()))]))
+    packed, padded = found
+    assert (packed - padded).norm() <= 0.03 * padded.norm() and abs(packed.norm() / padded.norm() - 1) <= 0.005
+
+
 def test_virtual_tokens_are_not_packed_where_attention_is_not_told_of_documents():
     examples = rows()
     for kind, more in (("falcon", {}), ("mistral", {"sliding_window": 32})):

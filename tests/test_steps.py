@@ -1,7 +1,9 @@
 """Decoding in bfloat16 on a CPU: products of few rows, attention of one token, whole layers, each beside its plain twin."""
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -168,20 +170,78 @@ def test_rows_with_loras_of_their_own_go_in_one_call_too(kind, calls):
 
 def test_an_adapter_that_is_changed_replaced_or_removed_is_followed(calls):
     model, (x, mask) = wide("llama"), batch(3)
-    home = attached(model, "lora", scale=0.1)
+    home = attached(model, "lora", scale=0.05)
     body = packed(model, 9)
     calls.clear()
     before = logits(body, x, mask, adapter_ids="lora")
     for p in home.get("lora").parameters().values():
         p.data.mul_(2)
+    body = packed(model, 9)                           # a body is of the numbers that are there when it is made
     for change in (None, lambda: home.remove("lora"), lambda: attached(model, "lora", scale=0.15)):
         if change is not None:
             change()
         who = "lora" if "lora" in home.names() else None
-        made, want = logits(body, x, mask, adapter_ids=who), logits(model, x, mask, adapter_ids=who)
+        with torch.no_grad():
+            want = model(input_ids=x, attention_mask=mask, adapter_ids=who, use_cache=False,
+                         position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits.float()
+        made = logits(body, x, mask, adapter_ids=who)
         assert (made - want)[mask.bool()].norm() <= 0.04 * want[mask.bool()].norm()
         assert (made - before).norm() > 0.1 * before.norm()
-    assert len(calls) == 4 * 10 * 2
+    assert len(calls) == 4 * 10 * 2 + 2, "and a probe of each layer"
+
+
+def test_a_models_own_decoding_follows_numbers_that_are_changed_behind_torchs_back():
+    """p.data.mul_ counts no version: under one adapter nothing is kept from step to step."""
+    model, (x, mask) = wide("llama"), batch(2)
+    home = attached(model, "lora", scale=0.05)
+    for _ in range(2):
+        with torch.no_grad():
+            want = model(input_ids=x, attention_mask=mask, adapter_ids="lora", use_cache=False,
+                         position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits.float()
+        made = logits(model, x, mask, adapter_ids="lora")
+        assert (made - want)[mask.bool()].norm() <= 0.04 * want[mask.bool()].norm()
+        for p in home.get("lora").parameters().values():
+            p.data.mul_(3)
+
+
+def test_a_removed_adapter_is_let_go_at_the_next_step():
+    model, (x, mask) = wide("llama"), batch(3)
+    home = attached(model, "lora", scale=0.1)
+    body = packed(model, 9)
+    logits(body, x, mask, adapter_ids="lora")
+    there = [weakref.ref(p) for p in home.get("lora").parameters().values()]
+    home.remove("lora")
+    logits(body, x, mask, adapter_ids=[None])
+    gc.collect()
+    assert not any(ref() is not None for ref in there)
+
+
+def test_inference_mode_comes_and_goes():
+    """Evaluated under inference_mode, trained on, evaluated again; adapters and bases that were made under it."""
+    model, (x, mask) = wide("llama"), batch(3)
+    home = attached(model, "lora", scale=0.05)
+    body = packed(model, 9)
+    with torch.inference_mode():
+        logits(body, x, mask, adapter_ids="lora")
+        home.add("late", LoRA(rank=4))
+    with torch.no_grad():
+        for p in home.get("lora").parameters().values():
+            p.mul_(2)
+    for who in ("lora", "late", ["lora", "late", "lora"]):
+        made, want = logits(body, x, mask, adapter_ids=who), logits(model, x, mask, adapter_ids=who)
+        assert (made - want)[mask.bool()].norm() <= 0.04 * want[mask.bool()].norm()
+    with torch.inference_mode():
+        other = wide("llama")
+        given = dict(zip(("input_ids", "attention_mask"), batch(4), strict=True)) | {"max_new_tokens": 3, "do_sample": False}
+        assert Decoder(other, 3).generate(**given).shape == (4, 17)
+
+
+def test_a_body_kept_while_its_model_becomes_float32_computes_in_float32():
+    model, (x, mask) = wide("llama"), batch(3)
+    body = packed(model, 9)
+    model.float()
+    made, want = logits(body, x, mask), logits(model, x, mask)
+    assert made.isfinite().all() and (made - want).norm() <= 1e-4 * want.norm()
 
 
 @pytest.mark.parametrize("change", ["hook", "weight", "norm", "bias", "training", "grad"])

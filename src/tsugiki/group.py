@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .edit import Edit
+from .pool import version
 from .route import Context, Rows
 
 Part = tuple[Edit, Rows, float]                       # an edit, the rows (or positions) that are its own, its weight
@@ -136,7 +137,7 @@ class _Kept:
 
     def _state(self) -> list[tuple[int, int]]:
         found = [of[name] for of, name in self.places]
-        return [(t.data_ptr(), t._version) for t in found]
+        return [(t.data_ptr(), version(t)) for t in found]
 
     def fresh(self) -> bool:
         return self.state == self._state()

@@ -22,12 +22,13 @@ from .edit import Edit
 from .kernels import low_rank
 from .route import Context, Level, Stack
 
-FEWEST = 2                                            # adapters from which it is used where it is not compiled
+FEWEST = 2                                            # adapters from which it is used
 
 
 class Pool:
     """The factors of adapters at one site, in the dtype they are computed in; each in a place of its own."""
 
+    @torch.inference_mode(False)                      # its tensors are written again later, perhaps outside of it
     def __init__(self, edits: Sequence[Edit], dtype: torch.dtype):
         self.size = 1 << (len(edits) - 1).bit_length()
         self.at: dict[Edit, tuple[int, tuple]] = {}   # where an edit lies, and the state of its numbers then
@@ -52,6 +53,8 @@ class Pool:
                 return None
         return [self.at[edit][0] for edit in edits]
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _put(self, place: int, edit: Edit) -> bool:
         a, b, scale = edit.factors()
         if len(a) > self.rank or a.device != self.a.device:
@@ -73,7 +76,15 @@ def holders(edit: Edit) -> list[tuple[dict, str]]:
 def state(of: Iterable[tuple[dict, str]]) -> tuple:
     """What changes when the numbers do that are there."""
     tensors = [parameters[name] for parameters, name in of]
-    return [t._version for t in tensors], [t.data_ptr() for t in tensors]
+    try:
+        return [t._version for t in tensors], [t.data_ptr() for t in tensors]
+    except RuntimeError:                              # torch does not count with tensors made under inference_mode
+        return [version(t) for t in tensors], [t.data_ptr() for t in tensors]
+
+
+def version(t: Tensor) -> int:
+    """How often it was written in place; -1 where torch does not count."""
+    return -1 if t.is_inference() else t._version
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,8 @@ class Plan:
 class Pools:
     """A site's pool and its plan for the batch that is being decoded."""
 
-    def __init__(self) -> None:
+    def __init__(self, fewest: int = FEWEST) -> None:
+        self.fewest = fewest
         self.mine: tuple[int, Pool | None] = 0, None  # the thread that decoded last, and its pool
         self.plan: Plan | None = None
 
@@ -115,16 +127,16 @@ class Pools:
         """The plan for a level of the route, one token a row. t: the site's output, (B, 1, D)."""
         plan, thread = self.plan, threading.get_ident()
         same = plan is not None and plan.thread == thread and plan.state == state(plan.holders) \
-            and all(edits.get(name) is edit for name, edit in zip(plan.names, plan.edits, strict=True))
+            and [edits.get(name) for name in plan.names] == [*plan.edits]     # modules are equal if they are the same
         if not same or plan.rows != ctx.rows or plan.dtype != t.dtype:
             plan = self.plan = self._made(edits, level, t, ctx, plan.edits if same else ())
         return plan
 
     def _made(self, edits: Mapping[str, Edit], level: Level, t: Tensor, ctx: Context, known: Container[Edit]) -> Plan:
-        low = {name: edits[name] for name, _, weight in level
-               if weight == 1.0 and name in edits and edits[name].factors() is not None}
+        low = {name: edits[name] for name, rows, weight in level
+               if (rows is not None or self.fewest == 1) and weight == 1.0 and name in edits and edits[name].factors() is not None}
         chosen, thread = tuple(low.values()), threading.get_ident()
-        if len(chosen) >= (1 if low_rank.compiled(t) else FEWEST):
+        if len(chosen) >= self.fewest:
             owner, pool = self.mine
             fits = pool is not None and owner == thread and pool.a.dtype == t.dtype
             places = pool.places(chosen, known) if fits else None

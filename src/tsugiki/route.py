@@ -29,7 +29,7 @@ class Context:
     length: int = 0                                   # positions a row, virtual ones included
     axis: int = 0                                     # what the route's Rows count: rows, or 1: positions of one packed row
     virtual: int = 0                                  # virtual positions at the left of this forward's sequence
-    slots: tuple[Tensor, Tensor] | None = None        # of one packed row: (n,) int64 positions, and which virtual token is there
+    slots: Tensor | None = None                       # of one packed row: (n,) int64, where each document's virtual tokens are
     mask: Tensor | None = None                        # (B, S) attention mask, virtual positions included
     keys: Tensor | None = None                        # (B, T) int64: one key a token, for draws that follow the token
     places: Tensor | None = None                      # (2, B, T) int64: see `places`; only if an adapter of the route asks

@@ -42,7 +42,8 @@ def enter(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook of the model: make this forward's Context.
 
     Who packs documents into one row, on an attention that is told where they end, and leaves room for the virtual tokens of one
-    adapter before each, says virtual_slots (1, T): which of them each position is, or -1; position_ids are as without them.
+    adapter before each, all in their order, says virtual_slots (1, T): which of them each position is, or -1;
+    position_ids are as without them.
 
     Who keeps the cache himself, row by row, says virtual_cached=True once the virtual tokens are in it, with mask and positions
     that count them, and token_places (2, B, T), as `Context.places`, for prompts that come in pieces.
@@ -206,8 +207,7 @@ def _take_room(kw: dict, ctx: Context, slots: Tensor, tokens: list[list[tuple[in
     if keys is not None:                               # as in _make_room, from the key of the document's first token
         back = torch.where(there, count - slots, 0)
         keys = torch.where(there, ~keys.gather(1, torch.arange(slots.shape[1], device=slots.device)[None] + back) - back, keys)
-    at = there[0].nonzero()[:, 0]
-    return replace(ctx, slots=(at, slots[0, at]), keys=keys)
+    return replace(ctx, slots=there[0].nonzero()[:, 0], keys=keys)
 
 
 def _refuse_packed(kw: dict, mask: Any, positions: Tensor | None) -> None:

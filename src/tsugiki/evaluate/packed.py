@@ -15,6 +15,7 @@ from tsugiki.kernels import rows
 from tsugiki.kernels.one_token import with_one_token
 from tsugiki.kernels.passes import GatedMLP, Norm, carry, standing_in
 from tsugiki.memory import available
+from tsugiki.pool import version
 
 PAYS = 24                                             # decoding steps from which packing costs less than it saves; a third of
                                                       # them where weights are laid out by kernels/rows, which saves more
@@ -41,7 +42,7 @@ class Packed(nn.Linear):
     def changed(self) -> bool:
         """Whether the weight is another than when it was copied."""
         weight = self._parameters["weight"]
-        return weight._version != self.version or weight is not self.source
+        return weight is not self.source or version(weight) != self.version or weight.data_ptr() != self.at
 
 
 def _product(copy: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -107,7 +108,7 @@ def _pack(linear: nn.Linear) -> Packed:
 def _as_packed(linear: nn.Linear, product: Callable | None = None, most: int = 0, laid: rows.Laid | None = None) -> Packed:
     new, weight = _shallow(linear), linear.weight
     new.__class__ = Packed
-    new.__dict__.update(source=weight, version=weight._version, product=product, most=most, laid=laid)
+    new.__dict__.update(source=weight, version=version(weight), at=weight.data_ptr(), product=product, most=most, laid=laid)
     return new
 
 

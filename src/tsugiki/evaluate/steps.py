@@ -20,9 +20,16 @@ from tsugiki.kernels.layer import LINEARS, LayerArgs, LinearArgs, NormArgs, step
 from tsugiki.kernels.native import close
 from tsugiki.kernels.one_token import NAME
 from tsugiki.kernels.passes import GatedMLP, Norm
-from tsugiki.pool import Plan
+from tsugiki.pool import Plan, Pools
 from tsugiki.route import using
 from tsugiki.tap import Tap, entry_hook, exit_hook
+
+
+class _Own(threading.local):
+    """What a thread keeps of the adapters that it decodes under: until others are attached, or the thread or the body ends."""
+    names: tuple[str, ...] | None = None              # those attached
+    pools: tuple[Pools, ...] = ()
+    known: tuple[tuple[Plan | None, ...], LayerArgs] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Step:
     of: tuple[Tap | None, ...]                        # those at the outputs of the linears
     index: int                                        # of the layer
     others: tuple[tuple[dict, str, int], ...]         # the norms' weights and the biases, and where they lie
-    made: dict[int, tuple[tuple[Plan, ...], LayerArgs]] = field(default_factory=dict, compare=False)     # by thread
+    own: _Own = field(default_factory=lambda: _Own(), compare=False)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         found = None if args else self._arguments(hidden_states, kwargs)
@@ -71,22 +78,24 @@ class Step:
 
     def _with_adapters(self, x: Tensor) -> LayerArgs | None:
         """The arguments with the rows' own adapters; None if one changes more than outputs of linears, or by more than low rank."""
-        ctx = self.taps[0].context()
+        ctx, own, attached = self.taps[0].context(), self.own, self.taps[0].home.names()
+        if own.names != attached:                     # what was removed must not stay here
+            own.names, own.known, own.pools = attached, None, tuple(Pools(1) for _ in self.of)
         names = {name for level in ctx.route for name, _, _ in level}
-        if not any(names & tap.names for tap in self.taps):
+        here = [tap for tap in self.taps if not names.isdisjoint(tap.names)]
+        if not here:
             return self.args
-        elsewhere = any(names & tap.names for tap in self.taps if tap not in self.of or tap.pres)
+        elsewhere = any(tap not in self.of or tap.pres for tap in here)
         if elsewhere or len(ctx.route) != 1 or ctx.size != len(x):
             return None
-        plans = tuple(None if tap is None or not names & tap.names else tap.pools.of(tap.posts, ctx.route[0], x, ctx)
-                      for tap in self.of)
+        plans = tuple(pools.of(tap.posts, ctx.route[0], x, ctx) if tap in here else None
+                      for tap, pools in zip(self.of, own.pools, strict=True))
         if any(p is not None and (p.pool is None or p.pool.rank > low_rank.MOST or any(name in tap.names for name, _, _ in p.rest))
                for p, tap in zip(plans, self.of, strict=True)):
             return None
-        known = self.made.get(threading.get_ident())
-        if known is None or any(a is not b for a, b in zip(known[0], plans, strict=True)):
-            known = self.made[threading.get_ident()] = plans, self._changed(plans)
-        return known[1]
+        if own.known is None or any(a is not b for a, b in zip(own.known[0], plans, strict=True)):
+            own.known = plans, self._changed(plans)
+        return own.known[1]
 
     def _changed(self, plans: tuple[Plan | None, ...]) -> LayerArgs:
         new = LayerArgs.from_buffer_copy(self.args)

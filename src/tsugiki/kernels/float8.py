@@ -75,6 +75,11 @@ def in_float8(layers: Sequence[nn.Module]) -> Iterator[int]:
                 vars(linear).pop(name, None)
 
 
+def copies(model: nn.Module) -> list[Tensor]:
+    """What linears `in_float8` hold beside their weights."""
+    return [t for m in model.modules() if type(m) is Float8 for t in (m.low, m.low_scale, m.turned, m.turned_scale)]
+
+
 def refusal(layers: Sequence[nn.Module], device: torch.device) -> str | None:
     """Why these layers cannot be `in_float8`; None if they can."""
     if not multiplies(device):

@@ -85,11 +85,8 @@ def _each(spans: list[tuple[int, int, float]], factors: Sequence[Tensor]) -> Ite
 
 def takes_own(x: Tensor, y: Tensor, rank: int) -> bool:
     """Whether `own` computes this. x (B, 1, in), y (B, 1, out)."""
-    return x.dtype is y.dtype and rank <= MOST and x.shape[-1] % BLOCK == y.shape[-1] % BLOCK == 0 and compiled(x)
-
-
-def compiled(x: Tensor) -> bool:
-    return x.dtype is torch.bfloat16 and x.is_cpu and library() is not None
+    return x.dtype is y.dtype is torch.bfloat16 and rank <= MOST and x.shape[-1] % BLOCK == y.shape[-1] % BLOCK == 0 \
+        and x.is_cpu and library() is not None
 
 
 def own(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Tensor, place: Tensor, rank: int) -> Tensor:

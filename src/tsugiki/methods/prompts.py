@@ -31,9 +31,9 @@ class VirtualEdit(Edit):
 
     def post(self, x: Tensor, y: Tensor, ctx: Context) -> Tensor:
         if ctx.slots is not None:
-            at, which = ctx.slots
-            tokens = self.table().to(y.dtype)[which][None] * self.scale       # (1, n, D)
-            return y.index_copy(y.dim() - 2 if self.heads_first else 1, at, self._as(tokens, y))
+            tokens = self.table().to(y.dtype) * self.scale                    # (n, D)
+            tokens = tokens.expand(len(ctx.slots) // len(tokens), -1, -1).flatten(0, 1)[None]
+            return y.index_copy(y.dim() - 2 if self.heads_first else 1, ctx.slots, self._as(tokens, y))
         if not ctx.virtual:                           # decoding: the virtual positions are in the cache already
             return y
         tokens = self.table().to(y.dtype) * self.scale                        # (n, D), or of several adapters (g, n, D)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from tsugiki.config import TrainConfig
 from tsugiki.data.batch import Batch, collate, lengths_of
 from tsugiki.data.render import Example
+from tsugiki.kernels.float8 import copies
 from tsugiki.kernels.head import LOGITS
 from tsugiki.memory import available, out_of_memory
 from tsugiki.route import pinned
@@ -46,7 +47,7 @@ def measured(model: nn.Module, examples: Sequence[Example], cfg: TrainConfig, la
     and moments."""
     if cfg.max_tokens and cfg.checkpointing == "off":
         return Fit(cfg.forward_tokens)
-    weights, device = list(model.parameters()), model.get_input_embeddings().weight.device
+    weights, device = [*model.parameters(), *copies(model)], model.get_input_embeddings().weight.device
     longest = int(lengths_of(examples).max())
     many = min(PROBE, longest)
     few, many = _probe(examples, max(1, many // 2)), _probe(examples, many)

@@ -1,8 +1,8 @@
 """Padded or packed: the same result, so the cheaper one is chosen, and packing only where a probe proves it isolated."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from tsugiki.data.batch import micro_batches
 from tsugiki.data.mixture import Mixture
 from tsugiki.data.render import Example
 from tsugiki.errors import UserError
-from tsugiki.kernels.attention import active, by_document
+from tsugiki.kernels.attention import Undivided, active, by_document
 from tsugiki.kernels.head import LOGITS
 from tsugiki.kernels.passes import single
 from tsugiki.train.loss import takes_positions
@@ -23,24 +23,24 @@ WASTE = 0.3
 
 @contextmanager
 def arranged(model: nn.Module, examples: Sequence[Example], cfg: TrainConfig, virtual: bool,
-             mixture: Mixture | None = None) -> Iterator[str]:
-    """The layout of a run. Inside, the model is `quick`.
+             mixture: Mixture | None = None, autocast: Callable[[], AbstractContextManager] = nullcontext) -> Iterator[str]:
+    """The layout of a run, whose forwards are under `autocast`. Inside, the model is `quick`.
 
     Raises UserError when packing is asked for where it would not be exact.
     """
     pad = cfg.layout == "pad"
-    with quick(model, not (virtual or pad)) as fast:
+    with quick(model, not (virtual or pad), autocast) as fast:
         isolates = pad or (fast and room_for_virtual(model) if virtual else fast or packs(model))
         yield layout_of(examples, cfg, virtual, mixture, fast, isolates)
 
 
 @contextmanager
-def quick(model: nn.Module, packed: bool) -> Iterator[bool]:
+def quick(model: nn.Module, packed: bool, autocast: Callable[[], AbstractContextManager] = nullcontext) -> Iterator[bool]:
     """Inside, the model's passes over activations are single ones and its attention goes by document, each where a probe shows
     that it does what it did, and attention, if rows are to be `packed`, that it isolates them; yields whether attention does."""
     with ExitStack() as stack:
         stack.enter_context(single(model))
-        with by_document(model) as there:
+        with by_document(model) as there, autocast():                         # a kernel may not take what the weights are in
             fast = there and _agrees(model) and (not packed or packs(model))
         if fast:
             stack.enter_context(by_document(model))
@@ -88,7 +88,7 @@ def packs(model: nn.Module) -> bool:
         return _logits(model, torch.cat([head, second], 1), **more)[6:]
     try:
         together, edited = tail(first, **packed), tail(other, **packed)
-    except (TypeError, ValueError):                   # its forward does not take where documents end
+    except (TypeError, ValueError, Undivided):        # its forward does not take where documents end, or no kernel does
         return False
     alone, shifted = _logits(model, second), tail(first)
     return torch.equal(together, edited) and bool((together - alone).norm() <= 0.1 * (shifted - alone).norm())

@@ -249,7 +249,7 @@ def _prepare(stack: ExitStack, it: Ready, say: Callable[[str], None]) -> tuple[J
         if (needs := refusal(layers, it.device)) is not None:
             raise UserError(f"train.float8: on needs {needs}")
         say(f"{stack.enter_context(in_float8(layers))} linears of the base multiply in float8")
-    layout = stack.enter_context(arranged(model, it.examples, train, it.virtual, mixture))
+    layout = stack.enter_context(arranged(model, it.examples, train, it.virtual, mixture, it.autocast))
     fit_ = it.measured(len(layers), it.trainable)
     stack.enter_context(made_again(layers, fit_.again, fit_.offload))
     steps = train.steps or train.epochs * mixture.pace
