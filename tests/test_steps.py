@@ -204,6 +204,21 @@ def test_a_models_own_decoding_follows_numbers_that_are_changed_behind_torchs_ba
             p.data.mul_(3)
 
 
+def test_factors_written_in_place_are_seen_by_the_next_generation_and_soon_by_this_one(calls):
+    model, (x, mask) = wide("llama"), batch(2, 40)
+    home, body, cache, found = attached(model, "lora", scale=0.05), packed(model, 9), grown(), []
+    with torch.no_grad():
+        for start, end in ((0, 4), *((n, n + 1) for n in range(4, 40))):
+            found.append(body(input_ids=x[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True,
+                              position_ids=(mask[:, :end].cumsum(1) - 1).clamp_min(0)[:, start:end], adapter_ids="lora").logits)
+            if end == 10:
+                for p in home.get("lora").parameters().values():
+                    p.mul_(3)
+    made, new = torch.cat(found, 1).float(), logits(body, x, mask, adapter_ids="lora")
+    far = (made - new).norm(dim=-1)[0] / new.norm(dim=-1)[0]
+    assert far[:10].min() > 0.1 and far[30:].mean() < 0.75 * far[:10].mean(), "its cache holds some old keys"
+
+
 def test_a_removed_adapter_is_let_go_at_the_next_step():
     model, (x, mask) = wide("llama"), batch(3)
     home = attached(model, "lora", scale=0.1)
