@@ -111,6 +111,7 @@ def _checked(failed: int) -> None:
 
 
 @cache
+@torch.inference_mode(False)
 def works() -> bool:
     """Whether the kernel is there, with AMX (without, torch's products are as quick), and what it makes of small numbers, forward
     and backward, is as in float32."""
