@@ -1,4 +1,4 @@
-"""Products of a few rows, as in decoding, with a weight that was laid out for AMX tiles beforehand: rows.c.
+"""Products of a few rows, as in decoding, with a weight that was laid out beforehand, for AMX tiles or AVX512-BF16: rows.c.
 
 Such a product waits for the weight to come from memory. torch's lays it out anew at every call, or reads its packed copy at a
 fraction of the rate that memory gives.
@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from tsugiki.kernels.native import close, library, processor, run
+from tsugiki.kernels.native import close, library, run
 
 MOST = 64                                             # rows: of more, torch's own product is as quick
 ALONE = 1 << 17                                       # weights from which threads pay
@@ -46,8 +46,8 @@ def laid(weight: Tensor) -> Laid:
 
 @cache
 def works() -> bool:
-    """Whether the kernel is there, which needs AMX, and what it makes of small numbers is as in float32."""
-    if library() is None or "amx_bf16" not in processor():
+    """Whether the kernel is there, and what it makes of small numbers is as in float32."""
+    if library() is None:
         return False
     g = torch.Generator().manual_seed(0)
     weight, bias, x = (torch.randn(*shape, generator=g).bfloat16() for shape in ((50, 96), (50,), (45, 96)))
