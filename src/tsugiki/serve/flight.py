@@ -52,7 +52,8 @@ class Flight:
         left = len(self._streams)
         while left:
             try:
-                index, event = await asyncio.wait_for(self._events.get(), self.ends - time.monotonic())
+                async with asyncio.timeout(self.ends - time.monotonic()):     # wait_for of Python 3.11 may lose a cancellation
+                    index, event = await self._events.get()
             except TimeoutError:
                 raise Refusal(504, "the answer took longer than the server allows", code="timeout") from None
             left -= event.finish is not None
