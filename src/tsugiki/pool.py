@@ -123,6 +123,12 @@ class Pools:
         if self.mine[1] is not None:
             self.mine[1].at.pop(edit, None)
 
+    def keep(self, edits: Iterable[Edit]) -> None:
+        """Forget all but these."""
+        here, pool, self.plan = {*edits}, self.mine[1], None
+        for edit in [e for e in (() if pool is None else pool.at) if e not in here]:
+            del pool.at[edit]
+
     def of(self, edits: Mapping[str, Edit], level: Level, t: Tensor, ctx: Context) -> Plan:
         """The plan for a level of the route, one token a row. t: the site's output, (B, 1, D)."""
         plan, thread = self.plan, threading.get_ident()

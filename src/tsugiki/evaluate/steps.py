@@ -89,7 +89,9 @@ class Step:
         """
         ctx, own, attached = self.taps[0].context(), self.own, self.taps[0].home.names()
         if own.names != attached:                     # what was removed must not stay here
-            own.names, own.known, own.pools = attached, None, tuple(Pools(1) for _ in self.of)
+            own.names, own.known, own.pools = attached, None, own.pools or tuple(Pools(1) for _ in self.of)
+            for tap, pools in zip(self.of, own.pools, strict=True):
+                pools.keep(() if tap is None else tap.posts.values())
         names = {name for level in ctx.route for name, _, _ in level}
         here = [tap for tap in self.taps if not names.isdisjoint(tap.names)]
         if not here:
