@@ -183,7 +183,7 @@ gates, rotary embeddings, losses and LoRA's thin products are compiled (`python 
 before that they were two thirds of an eager step, and compiled layers made it a tenth quicker. Now they change nothing."""
 GENERATION = """`python benchmarks/generate_speed.py` measures it: greedy, the same prompts and as many new tokens, in turns.
 Two cores with AMX. Packing the weights is part of our time. A step of 32 rows reads all weights and the cache once, at what
-memory gives (10 to 12 GB/s here), in a call a layer; that bounds it. Where rows end early ours leave the batch, theirs go on being
+memory gives, in a call a layer; that bounds it. Where rows end early ours leave the batch, theirs go on being
 computed. With frozen weights, as PEFT's are, torch takes seconds for the head's product with a slice of the prompt's hidden
 states, which ours avoids: they are in their time to the first token. In bfloat16 two sides round differently, so rows may part
 where two logits tie, which random weights do often."""
